@@ -1,0 +1,201 @@
+"""TrainConfig: what a user decides, and nothing else.
+
+One flat frozen dataclass: the same names in Python, in TOML and as flags of the command line. Every value is checked when
+the object is made, so nothing behind this module checks a setting again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nf_engine.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "partition": ("windows", "layerwise"),
+    "head": ("linear", "conv1x1", "conv3x3", "deep"),
+    "optimizer": ("sgd", "adamw"),
+    "cache": ("auto", "disk", "ram", "recompute"),
+    "cache_dtype": ("fp16", "exact"),
+    "augment": ("none", "flip", "crop-flip"),
+    "device": ("auto", "cpu", "cuda"),
+}
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """Bytes from an int or from text such as "512MiB", "2GB" or "700e6"; `name` is the setting that errors speak of."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(value), re.IGNORECASE)
+    try:
+        if match is not None:
+            return int(float(match[1]) * _SUFFIX[match[2].lower()])
+    except (ValueError, KeyError):
+        match = None
+    raise ConfigError(f"{name} must be bytes such as 268435456, '256MiB' or '2GB', got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides the result of a training.
+
+    Attributes:
+        memory_budget: bytes that the tensors on the training device may use: an int, text ("512MiB", "2GB"), a float in
+            (0, 1] as the share of the device's free memory, or "auto" (0.9 of it).
+        memory_margin: share of the budget that the plan leaves unused.
+        partition: "windows" (fewest units that fit at the target batch) or "layerwise" (one unit a stage, the paper's).
+        split_points: names of modules after which to cut; empty: at every single-tensor point.
+        grouping_threshold: layerwise: stages join a block while their largest batches differ by less than this share.
+        max_units: windows: most units with their own local loss, before one unit a stage is tried.
+        batch_size: samples a step in every block; "auto": windows trains at 128, or at the largest halving of it that
+            fits; layerwise at the largest that fits a block, up to max_batch_size and a fiftieth of the data set.
+        min_batch_size, max_batch_size: bounds of the batch sizes that a plan may choose.
+        head: kind of the heads at the ends of units; the last unit uses the model's own classifier.
+        head_pool: the heads pool to head_pool x head_pool cells.
+        head_width: filters of a conv head; 0: by the width rule.
+        head_depth: convolutions of a deep head.
+        epochs: passes over the training data, for each block.
+        optimizer, lr, momentum, weight_decay: of every unit; momentum is SGD's. lr is meant at batch 128 and grows
+            linearly (SGD) or with the square root (AdamW) of a block's batch.
+        warmup_epochs: epochs of linear warm-up before the cosine, for each block.
+        label_smoothing: of every local loss.
+        cache: where a block's outputs wait for the next block; "auto" measures disk, ram and recompute and takes the
+            fastest.
+        cache_dtype: "fp16" or "exact" (the compute dtype).
+        max_cache_bytes: most bytes of the caches alive at one time, RAM or disk each.
+        augment: of the training images.
+        augment_copies: augmented copies in a cache; 0: two where augmentation is on, else one.
+        val_fraction: share of the training data held out for the choice of the exit where no val_data is given.
+        max_drop: the exit chosen is the smallest whose held-out accuracy is within max_drop of the best exit's.
+        seed: of weights of heads, order and augmentation; data order and augmentation are functions of it alone.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+    """
+
+    memory_budget: int | float | str = "auto"
+    memory_margin: float = 0.05
+    partition: str = "windows"
+    split_points: tuple[str, ...] = ()
+    grouping_threshold: float = 0.4
+    max_units: int = 4
+    batch_size: int | str = "auto"
+    min_batch_size: int = 8
+    max_batch_size: int = 1024
+    head: str = "linear"
+    head_pool: int = 4
+    head_width: int = 0
+    head_depth: int = 2
+    epochs: int = 10
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.1
+    cache: str = "auto"
+    cache_dtype: str = "fp16"
+    max_cache_bytes: int | str | None = None
+    augment: str = "none"
+    augment_copies: int = 0
+    val_fraction: float = 0.05
+    max_drop: float = 0.01
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("max_units", "min_batch_size", "max_batch_size", "epochs", "head_depth"):
+            self._number(name, int, 1, None)
+        for name in ("augment_copies", "head_width", "seed"):
+            self._number(name, int, 0, None)
+        for name in ("lr", "weight_decay", "warmup_epochs"):
+            self._number(name, float, 0, None)
+        for name in ("memory_margin", "momentum", "grouping_threshold", "label_smoothing", "val_fraction", "max_drop"):
+            self._number(name, float, 0, 1)
+        if self.head_pool not in (1, 2, 4):
+            raise ConfigError(f"head_pool must be 1, 2 or 4, got {self.head_pool!r}")
+        if self.min_batch_size > self.max_batch_size:
+            raise ConfigError(f"min_batch_size {self.min_batch_size} is above max_batch_size {self.max_batch_size}")
+        if self.batch_size != "auto":
+            self._number("batch_size", int, 1, None)
+        if self.max_cache_bytes is not None:
+            parse_bytes(self.max_cache_bytes, "max_cache_bytes")
+        if isinstance(self.split_points, str) or not all(isinstance(p, str) for p in self.split_points):
+            raise ConfigError(f"split_points must be a list of module names, got {self.split_points!r}")
+        object.__setattr__(self, "split_points", tuple(self.split_points))
+        self._check_budget()
+
+    def _number(self, name: str, kind: type, low: float, high: float | None) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not number or value != value or value < low or (high is not None and value >= high):
+            bounds = f">= {low}" if high is None else f"in [{low}, {high})"
+            raise ConfigError(f"{name} must be {'an integer' if kind is int else 'a number'} {bounds}, got {value!r}")
+
+    def _check_budget(self) -> None:
+        budget = self.memory_budget
+        if budget == "auto":
+            return
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ConfigError(f"memory_budget as a share must be in (0, 1], got {budget}; for bytes give an int or text")
+            return
+        need = parse_bytes(budget, "memory_budget")
+        if need < 2**20:
+            raise ConfigError(f"memory_budget must be at least 1 MiB (1048576 bytes), got {budget!r} = {need} bytes")
+
+    def with_fields(self, values: dict[str, Any]) -> TrainConfig:
+        """This configuration with some fields replaced.
+
+        Raises:
+            ConfigError: a name is unknown (the closest one is named), or a value is refused.
+        """
+        known = [f.name for f in fields(self)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown setting {name!r}{hint}")
+        return replace(self, **values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a flat TOML file of these fields.
+
+        Raises:
+            ConfigError: the file is missing, is no TOML, or holds an unknown or refused setting.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        try:
+            return cls().with_fields(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_toml(self) -> str:
+        """The fields as TOML text that `load` reads back to an equal object; None is left out."""
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                lines.append(f"{field.name} = {_toml_value(value)}\n")
+        return "".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)
