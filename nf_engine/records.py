@@ -1,0 +1,336 @@
+"""Records: what one step of the engine hands to the next; each is frozen and is also a JSON file.
+
+profiler -> Profile -> partitioner -> Plan -> controller -> ExitScore -> exits. Bytes, seconds and samples carry no
+suffix. This module imports no torch, so plans can be made, read and printed without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from nf_engine.errors import CorruptFileError
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as text with a binary unit, three digits: 1536 -> '1.50 KiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.{2 if abs(value) < 10 else 1}f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+class Record:
+    """JSON for frozen dataclasses of numbers, text, tuples and other records; strict when read back."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises CorruptFileError: no JSON, or a field is missing, unknown or of another type."""
+        try:
+            return typing.cast(Self, _build(cls, json.loads(text), cls.__name__))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise CorruptFileError(f"not a {cls.__name__} in JSON: {error}; write it again with to_json()") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Raises CorruptFileError: the file is missing or no such record; the message names it."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, CorruptFileError) as error:
+            raise CorruptFileError(f"{path}: {error}") from None
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as parsed from JSON, rebuilt as the annotated type `kind`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
+        hints = typing.get_type_hints(kind)
+        names = [f.name for f in dataclasses.fields(kind)]
+        if set(names) != set(value):
+            raise ValueError(
+                f"{where}: missing {sorted(set(names) - set(value))}, unknown {sorted(set(value) - set(names))}"
+            )
+        return kind(**{n: _build(hints[n], value[n], f"{where}.{n}") for n in names})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, found {type(value).__name__}")
+        return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
+        return {k: _build(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _build(next(a for a in args if a is not type(None)), value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Line(Record):
+    """A quantity as a straight line of the batch size: fixed + per_sample * batch.
+
+    residual: the largest |measured - line| / measured over the points of the fit.
+    """
+
+    fixed: float
+    per_sample: float
+    residual: float = 0.0
+
+    def at(self, batch: int) -> float:
+        return self.fixed + self.per_sample * batch
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec(Record):
+    """What a head is made of: kind "linear", "conv1x1", "conv3x3", "deep" or "classifier" (the model's own).
+
+    pool: cells a side of the pooled map (q); width: filters of a conv head; depth: convolutions of a deep head.
+    """
+
+    kind: str
+    pool: int = 4
+    width: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProfile(Record):
+    """Cost of one head. transient: for each chunk count the bytes of its step beyond the stage output that it reads."""
+
+    spec: HeadSpec
+    weights: int
+    gradients: int
+    optimizer: int
+    parameters: int
+    flops: int
+    chunks: tuple[int, ...]
+    transient: tuple[Line, ...]
+    seconds: Line | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageProfile(Record):
+    """Cost of one stage; bytes as lines of the batch size.
+
+    output_shape: of one sample; output: its bytes a sample.
+    parameters: count; weights: bytes of parameters and buffers; gradients, optimizer: bytes of the step's.
+    kept: bytes first saved for backward by this stage in a run through all stages.
+    input: bytes of its input where the stage before kept it, else 0 (then kept holds it, or nobody keeps it).
+    loose: bytes of its output where it does not keep it itself.
+    transient: peak of forward and backward of the stage alone, above input and kept.
+    forward: peak of forward in eval mode without gradients, above its input.
+    flops: of one sample's forward; seconds: of forward and backward; forward_seconds: of an eval forward.
+    head: the head that a unit ending here would get.
+    """
+
+    name: str
+    output_shape: tuple[int, ...]
+    output: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: Line
+    input: Line
+    loose: Line
+    transient: Line
+    forward: Line
+    flops: int
+    seconds: Line | None
+    forward_seconds: Line | None
+    head: HeadProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Profile(Record):
+    """Cost of every stage of one model. device: where it was measured; "none" where no device was asked.
+
+    loading: peak of bringing a batch of images to the device, augmented and normalised.
+    input: bytes of one sample as the first stage reads it.
+    """
+
+    model: str
+    device: str
+    torch: str
+    optimizer: str
+    augment: str
+    input_shape: tuple[int, ...]
+    classes: int
+    input: int
+    batch_sizes: tuple[int, ...]
+    loading: Line
+    stages: tuple[StageProfile, ...]
+
+    def table(self) -> str:
+        """One row a stage: output shape, parameters, bytes a sample, largest residual, milliseconds a sample."""
+        rows = [f"{'stage':<24}{'output':>14}{'params':>11}{'kept/img':>12}{'peak/img':>12}{'fit':>7}{'ms/img':>9}"]
+        for s in self.stages:
+            shape = "x".join(map(str, s.output_shape))
+            peak = s.input.per_sample + s.kept.per_sample + s.transient.per_sample
+            fit = max(line.residual for line in (s.kept, s.transient, s.forward))
+            ms = f"{1000 * s.seconds.per_sample:9.3f}" if s.seconds else f"{'-':>9}"
+            rows.append(
+                f"{s.name:<24}{shape:>14}{s.parameters:>11,}{format_bytes(s.kept.per_sample):>12}"
+                f"{format_bytes(peak):>12}{fit:>7.1%}{ms}"
+            )
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan(Record):
+    """One unit: stages first..last (inclusive), its head, and the predicted peak of its step at the block's batch."""
+
+    first: int
+    last: int
+    head: HeadSpec
+    chunks: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan(Record):
+    """Where the inputs of a block wait. tier: "images" (first block), "disk", "ram", "recompute" or "auto".
+
+    bytes: size of the cache, all copies; seconds: what each tier was measured or predicted to cost this block;
+    reason: why this tier, in words; forward_batch: samples a forward pass of recomputation takes at a time.
+    """
+
+    tier: str
+    dtype: str
+    copies: int
+    bytes: int
+    seconds: dict[str, float]
+    reason: str
+    forward_batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan(Record):
+    """One block: its units in order, batch size, learning rate, predicted peak bytes, and the source of its inputs."""
+
+    units: tuple[UnitPlan, ...]
+    batch: int
+    lr: float
+    peak: int
+    seconds: float | None
+    cache: CachePlan
+
+    @property
+    def first(self) -> int:
+        return self.units[0].first
+
+    @property
+    def last(self) -> int:
+        return self.units[-1].last
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds(Record):
+    """Peak bytes of the alternatives at the plan's target batch, resident weights and optimizer state included.
+
+    lower: the largest single stage at batch 1, below which no plan exists.
+    """
+
+    batch: int
+    backpropagation: int
+    checkpointed: int
+    plan: int
+    lower: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Record):
+    """What will be trained, in which pieces, with how much memory. overhead: bytes resident beside every block."""
+
+    model: str
+    strategy: str
+    device: str
+    budget: int
+    allowed: int
+    overhead: int
+    samples: int
+    epochs: int
+    stages: tuple[str, ...]
+    blocks: tuple[BlockPlan, ...]
+    bounds: Bounds
+    host_bytes: int
+    epoch_seconds: float | None
+    warnings: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(b.peak for b in self.blocks)
+
+    @property
+    def units(self) -> tuple[UnitPlan, ...]:
+        return tuple(u for b in self.blocks for u in b.units)
+
+    def table(self) -> str:
+        """The plan as text: one row a unit, then budget, peak and the bounds."""
+        rows = [f"{'block':<6}{'unit':<5}{'stages':<34}{'head':<12}{'batch':>6}{'lr':>8}{'peak':>12}  inputs"]
+        number = 0
+        for k, block in enumerate(self.blocks):
+            for u, unit in enumerate(block.units):
+                names = self.stages[unit.first] + ("" if unit.first == unit.last else f" .. {self.stages[unit.last]}")
+                head = unit.head.kind + (f" {unit.head.width}" if unit.head.width else "")
+                row = f"{k if u == 0 else '':<6}{number:<5}{names:<34}{head:<12}"
+                if u == 0:
+                    row += f"{block.batch:>6}{block.lr:>8.3g}{format_bytes(block.peak):>12}  {_inputs(block.cache)}"
+                rows.append(row.rstrip())
+                number += 1
+        bounds = self.bounds
+        rows.append(
+            f"budget {format_bytes(self.budget)}, plan {format_bytes(self.peak)} ({self.peak / self.budget:.0%}); "
+            f"{format_bytes(self.overhead)} of it beside every block; host buffers {format_bytes(self.host_bytes)}"
+        )
+        rows.append(
+            f"at batch {bounds.batch}: backpropagation {format_bytes(bounds.backpropagation)}, "
+            f"checkpointed {format_bytes(bounds.checkpointed)}, this plan {format_bytes(bounds.plan)}; "
+            f"lower bound (largest stage at batch 1) {format_bytes(bounds.lower)}"
+        )
+        rows.extend(f"note: {w}" for w in self.warnings)
+        return "\n".join(rows)
+
+
+def _inputs(cache: CachePlan) -> str:
+    if cache.tier == "images":
+        return "images"
+    copies = f", {cache.copies} copies" if cache.copies > 1 else ""
+    return f"{cache.tier}, {format_bytes(cache.bytes)} {cache.dtype}{copies}" if cache.bytes else cache.tier
+
+
+@dataclass(frozen=True, slots=True)
+class ExitScore(Record):
+    """One exit: the prefix that ends with stage `stage`, and its head.
+
+    accuracy: on held-out data, 0..1; parameters: prefix and head; flops: of one sample; images_per_second: at `batch`.
+    """
+
+    exit: int
+    stage: int
+    name: str
+    accuracy: float
+    loss: float
+    parameters: int
+    flops: int
+    images_per_second: float
+    batch: int
