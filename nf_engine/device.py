@@ -1,0 +1,156 @@
+"""Device: the bytes that tensors occupy, measured and bounded.
+
+On CUDA the allocator counts. On the CPU, and under fake tensors for any device, `TensorBytes` counts the storages that
+operators create: the same sum as torch's MemTracker gives, which cannot watch more than one training step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nf_engine.config import TrainConfig, parse_bytes
+from nf_engine.errors import ConfigError, NoDeviceError
+
+
+T = TypeVar("T")
+
+
+class Meter(Protocol):
+    """Counts the bytes of live tensors: `now` at this moment, `peak` the most since the last `reset`."""
+
+    @property
+    def now(self) -> int: ...
+    @property
+    def peak(self) -> int: ...
+    def reset(self) -> None: ...
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts storages made by operators while active, and those named by `add`, until they are freed.
+
+    Storages made outside of operators (numpy arrays, I/O buffers) are host memory and not counted.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._seen: dict[int, int] = {}
+        self.add(resident)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.is_meta and not isinstance(tensor, FakeTensor):
+                continue  # what lies behind fake tensors is counted by the mode that makes the fakes
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._seen:
+                self._seen[key] = storage.nbytes()
+                self.now += self._seen[key]
+                weakref.finalize(storage, self._freed, key).atexit = False
+        self.peak = max(self.peak, self.now)
+
+    @staticmethod
+    def _key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+    def reset(self) -> None:
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and self._key(t) not in self._seen]
+        if new:  # a view of memory that no operator made is still not ours
+            given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            self.add(t for t in new if self._key(t) not in given)
+        return result
+
+
+class _CudaBytes:
+    """The CUDA allocator's own counters."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+@contextmanager
+def meter(device: torch.device, resident: Iterable[Tensor] = ()) -> Iterator[Meter]:
+    """A meter of the device's tensor bytes; `resident` are tensors that exist already (CUDA's allocator knows them)."""
+    if device.type == "cuda":
+        yield _CudaBytes(device)
+        return
+    with TensorBytes(resident) as counter:
+        yield counter
+
+
+def pick(name: str) -> torch.device:
+    """The torch device of a setting "auto", "cpu" or "cuda". Raises NoDeviceError where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise NoDeviceError("device is 'cuda', but torch finds no CUDA device; use device='cpu' or see `nf-engine doctor`")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a new run could use: free device memory, or available RAM for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def budget_bytes(config: TrainConfig, device: torch.device, total: int | None = None) -> int:
+    """The budget of a configuration in bytes; shares are of `total`, or of the device's free memory.
+
+    Raises:
+        ConfigError: the budget is more than the device has.
+    """
+    budget = config.memory_budget
+    available = total if total is not None else free_bytes(device)
+    if budget == "auto":
+        return int(0.9 * available)
+    if isinstance(budget, float):
+        return int(budget * available)
+    need = parse_bytes(budget, "memory_budget")
+    if need > available:
+        raise ConfigError(f"memory_budget is {need} bytes, but {device} has {available} bytes free; lower it, or use 'auto'")
+    return need
+
+
+def watched(batches: Iterator[T], counter: TensorBytes | None, count: int = 2) -> Generator[T, None, None]:
+    """The batches; while the first few are made and used, `counter` counts the bytes of live tensors."""
+    if counter is not None:
+        with counter:
+            yield from itertools.islice(batches, count)
+    yield from batches
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of some tensors."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,142 @@
+"""Planner: profile and plan of one model, refined until what the plan predicts is what the worker uses.
+
+profile -> partition -> measure the chosen units whole -> partition again ... -> decide the tiers -> run each block on the
+meter. On the CPU and without a device all of it happens on fake tensors, in seconds; on CUDA on the device itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nf_engine.config import TrainConfig, parse_bytes
+from nf_engine.data import Preprocess
+from nf_engine.errors import InfeasibleBudgetError
+from nf_engine.partitioner import TARGET_BATCH, Costs, choose_tier, forward_batch, partition
+from nf_engine.profiler import BATCHES, block_peak, probe_tiers, profile_stages, profile_unit
+from nf_engine.records import BlockPlan, CachePlan, Line, Plan, UnitPlan, format_bytes
+from nf_engine.stages import Cut
+from nf_engine.worker import WINDOW
+
+ROUNDS = 8  # of planning: each one measures the units that the one before chose
+
+
+class Planner:
+    """Profile and plan of one cut model, refined until every unit of the plan has been measured whole."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        settings: TrainConfig,
+        preprocess: Preprocess,
+        uint8: bool,
+        device: torch.device | None,
+        samples: int,
+        name: str,
+        folder: Path | None,
+        batch_sizes: Sequence[int] = BATCHES,
+    ) -> None:
+        self.cut, self.settings, self.preprocess, self.uint8 = cut, settings, preprocess, uint8
+        self.device, self.samples, self.folder, self.batch_sizes = device, samples, folder, batch_sizes
+        self.together = device is not None and device.type == "cpu"
+        self.profile = profile_stages(
+            cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes
+        )
+        self._exact: dict[tuple[int, int], Line] = {}
+        self._measured: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
+
+    def plan(self, budget: int) -> Plan:
+        """The plan whose blocks, run whole under the meter, stay below the budget minus its margin.
+
+        Raises:
+            InfeasibleBudgetError: there is none.
+        """
+        where = self.device or torch.device("cpu")
+        last = len(self.cut.stages) - 1
+        target = min(TARGET_BATCH if self.settings.batch_size == "auto" else int(self.settings.batch_size), self.samples)
+        whole = UnitPlan(0, last, self.profile.stages[last].head.spec, 1, 0)
+        self._measure(whole, target, where)  # backpropagation, for the bounds
+        slack = 0
+        for _ in range(ROUNDS):
+            made = self._partition(budget, slack)
+            new = [(u, b.batch) for b in made.blocks for u in b.units if not self._is_measured(u, b.batch)]
+            for unit, batch in new:
+                self._measure(unit, batch, where)
+            if new:
+                continue
+            made = self._with_tiers(made)
+            made = self._with_peaks(made, where)
+            excess = made.peak - made.allowed - slack
+            if excess <= 0:
+                return replace(made, allowed=made.allowed + slack)
+            slack += excess
+        raise InfeasibleBudgetError(
+            f"no plan settled under {format_bytes(budget)} ({budget} bytes) in {ROUNDS} rounds; "
+            f"the last one needs {format_bytes(made.peak)}; raise memory_budget or lower min_batch_size",
+            stage=self.profile.stages[made.blocks[0].first].name,
+            need=made.peak,
+            budget=budget,
+            suggestions=(f"memory_budget={made.peak + made.budget - made.allowed}",),
+        )
+
+    def _partition(self, budget: int, slack: int) -> Plan:
+        return partition(
+            self.profile,
+            self.settings,
+            budget=budget,
+            samples=self.samples,
+            together=self.together,
+            exact=self._exact,
+            slack=slack,
+        )
+
+    def _is_measured(self, unit: UnitPlan, batch: int) -> bool:
+        high = self._measured.get((unit.first, unit.last), 0)
+        return high // 2 <= batch <= high
+
+    def _measure(self, unit: UnitPlan, batch: int, device: torch.device) -> None:
+        self._exact[unit.first, unit.last] = profile_unit(self.cut, unit, self.settings, batch, device)
+        self._measured[unit.first, unit.last] = batch
+
+    def _with_tiers(self, made: Plan) -> Plan:
+        """The plan with the tier of every cache decided: measured for "auto" where there is a device."""
+        costs = Costs(self.profile, self.together, self._exact, self.settings.cache_dtype == "fp16")
+        blocks = list(made.blocks)
+        for k, block in enumerate(blocks[1:], 1):
+            size = forward_batch(costs, made, block)
+            probe = None
+            if self.settings.cache == "auto" and self.device is not None and self.folder is not None:
+                shape = self.cut.stages[block.first - 1].output_shape
+                limit = self.settings.max_cache_bytes
+                most = None if limit is None else parse_bytes(limit, "max_cache_bytes")
+                probe = probe_tiers(shape, self.settings.cache_dtype, block.batch, self.folder, most)
+            blocks[k] = replace(block, cache=choose_tier(self.profile, self.settings, made, k, probe, size))
+            made = replace(made, blocks=tuple(blocks))
+        return replace(made, host_bytes=max(_host_bytes(b.cache) for b in blocks))
+
+    def _with_peaks(self, made: Plan, device: torch.device) -> Plan:
+        def peak(block: BlockPlan) -> int:
+            return block_peak(
+                self.cut,
+                block,
+                self.settings,
+                self.preprocess,
+                uint8=self.uint8,
+                device=device,
+                overhead=made.overhead,
+                together=self.together,
+            )
+
+        blocks = tuple(replace(b, peak=peak(b)) for b in made.blocks)
+        most = max(b.peak for b in blocks)
+        return replace(made, blocks=blocks, bounds=replace(made.bounds, plan=most))
+
+
+def _host_bytes(cache: CachePlan) -> int:
+    """Host memory that reading a cache takes beside the budget: the window, and the whole cache where it is in RAM."""
+    if cache.bytes == 0:
+        return 0
+    return min(WINDOW, cache.bytes) + (cache.bytes if cache.tier == "ram" else 0)

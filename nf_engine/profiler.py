@@ -1,0 +1,548 @@
+"""Profiler: bytes and seconds of each stage against the batch size, each a fitted line with its residual.
+
+Bytes come from running the worker's own step: on CUDA for real with the allocator's counters, else on fake tensors with
+`TensorBytes`, which needs no device and allocates nothing. Seconds come from the real device, where there is one.
+Everything runs on copies, so weights, buffers and random state stay as they are, also when memory runs out half way.
+Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Profiler); the terms of a unit's peak are ours: partitioner.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nf_engine.config import TrainConfig
+from nf_engine.data import Preprocess
+from nf_engine.device import Meter, TensorBytes, meter, tensor_bytes
+from nf_engine.heads import adaptive_width, build_head, head_flops
+from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
+from nf_engine.partitioner import TierProbe
+from nf_engine.records import BlockPlan, HeadProfile, HeadSpec, Line, Profile, StageProfile, UnitPlan
+from nf_engine.stages import Cut
+from nf_engine.storage import ActivationCache, CacheGeometry
+from nf_engine.worker import Batch, forward_block, forward_prefix
+
+BATCHES = (8, 32, 128, 512)
+PROBE_BYTES = 16 * 2**20  # of a tier's probe
+CHUNKS = (1, 2, 4, 8, 16, 32)
+REPEATS = 3
+Shape = tuple[int, ...]
+
+
+def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
+    """Least squares through (batch, value), with the largest relative residual; never below zero at batch 0."""
+    if len(set(batches)) == 1:
+        return Line(0.0, values[0] / batches[0])
+    slope, fixed = (float(v) for v in np.polyfit(batches, values, 1))
+    if fixed < 0:
+        slope, fixed = max(v / b for b, v in zip(batches, values, strict=True)), 0.0
+    residuals = [abs(fixed + slope * b - v) / v for b, v in zip(batches, values, strict=True) if v > 0]
+    return Line(fixed, slope, max(residuals, default=0.0))
+
+
+def fit_bytes(batches: Sequence[int], values: Sequence[float]) -> Line:
+    """A fit of bytes; where it is off by more than 5 %, the upper envelope takes its place, so that no peak is missed."""
+    line = fit(batches, values)
+    if line.residual <= 0.05:
+        return line
+    lift = max(v - line.at(b) for b, v in zip(batches, values, strict=True))
+    return Line(line.fixed + max(0.0, lift), line.per_sample, line.residual)
+
+
+@contextmanager
+def _copies(modules: Sequence[nn.Module], device: torch.device) -> Iterator[tuple[list[nn.Module], Meter]]:
+    """Copies of some modules to measure on, with a meter: real ones on CUDA, fake ones otherwise."""
+    if device.type == "cuda":
+        with torch.random.fork_rng(devices=[device]):
+            copies = [copy.deepcopy(m).to(device) for m in modules]
+            with meter(device) as counter:
+                yield copies, counter
+        return
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        copies = [copy.deepcopy(m) for m in modules]
+    tensors = [t for m in copies for t in (*m.parameters(), *m.buffers())]
+    with fake, TensorBytes(tensors) as counter:
+        yield copies, counter
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return tensor_bytes(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _saved(module: nn.Module, x: Tensor) -> tuple[int, bool, bool]:
+    """Bytes saved for backward beside weights, input and output; and whether input and output are saved."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h = module(x)
+    for tensor in (*module.parameters(), *module.buffers()):
+        found.pop(_storage(tensor), None)
+    saves_input = found.pop(_storage(x), None) is not None
+    saves_output = found.pop(_storage(h), None) is not None
+    return sum(found.values()), saves_input, saves_output
+
+
+def _stage_bytes(module: nn.Module, x: Tensor, counter: Meter) -> dict[str, float]:
+    """One stage alone: what it saves, and the peaks of training and of forward above its input."""
+    module.train()
+    inner, saves_input, saves_output = _saved(module, x)
+    base = counter.now
+    counter.reset()
+    h = module(x)
+    size = h.untyped_storage().nbytes()
+    dh = torch.ones_like(h)
+    if h.requires_grad:
+        torch.autograd.backward(h, dh)
+    train_peak = counter.peak - base
+    del h, dh
+    for p in module.parameters():
+        p.grad = None
+    x.grad = None
+    module.eval()
+    counter.reset()
+    base = counter.now
+    with torch.no_grad():
+        module(x)
+    return {
+        "inner": inner,
+        "saves_input": float(saves_input),
+        "saves_output": float(saves_output),
+        "output": size,
+        "train_peak": train_peak,
+        "forward": counter.peak - base,
+    }
+
+
+def _head_peak(head: nn.Module, h: Tensor, labels: Tensor, counter: Meter) -> float:
+    head.train()
+    base = counter.now
+    counter.reset()
+    loss, dh = head.step(h, labels, None)  # type: ignore[operator]
+    peak = counter.peak - base
+    del loss, dh
+    for p in head.parameters():
+        p.grad = None
+    return peak
+
+
+def flops_of(module: nn.Module, shape: Shape) -> int:
+    """Floating point operations of one sample's forward, a multiply-add counted as two."""
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        module = copy.deepcopy(module).eval()
+    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.empty(1, *shape))
+    return int(counter.get_total_flops())
+
+
+def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[HeadSpec]:
+    """The head that a unit ending at each stage gets; the last one is the model's own classifier."""
+    specs = []
+    prefix = 0
+    for stage, cost in zip(cut.stages[:-1], flops, strict=False):
+        prefix += sum(p.numel() for p in stage.module.parameters())
+        pool = min(config.head_pool, *stage.output_shape[1:])
+        width = depth = 0
+        if config.head in ("conv1x1", "conv3x3"):
+            kernel = 1 if config.head == "conv1x1" else 3
+            width = config.head_width or adaptive_width(stage.output_shape, cut.classes, cost, prefix, kernel=kernel, pool=pool)
+        if config.head == "deep":
+            pool, depth = 1, config.head_depth
+        specs.append(HeadSpec(config.head, pool, width, depth))
+    return [*specs, HeadSpec("classifier", 1)]
+
+
+def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, chunks: int = 1) -> nn.Module:
+    """The head of a unit that ends at a stage, its weights a function of (seed, stage)."""
+    classifier = cut.classifier if spec.kind == "classifier" else None
+    return build_head(
+        spec,
+        cut.stages[stage].output_shape,
+        cut.classes,
+        smoothing=config.label_smoothing,
+        chunks=chunks,
+        seed=config.seed * 1000 + stage,
+        classifier=classifier,
+    )
+
+
+def _profile_head(
+    cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, batches: Sequence[int], device: torch.device
+) -> HeadProfile:
+    head = make_head(cut, spec, stage, config)
+    shape = cut.stages[stage].output_shape
+    options = CHUNKS if spec.kind.startswith("conv") else (1,)
+    lines = []
+    with _copies([head], device) as (copies, counter):
+        fake = copies[0]
+        where = device if device.type == "cuda" else torch.device("cpu")
+        for chunks in options:
+            if len(options) > 1:
+                fake.chunks = chunks  # type: ignore[assignment]
+            peaks = []
+            for batch in batches:
+                h = torch.ones(batch, *shape, device=where)
+                peaks.append(_head_peak(fake, h, torch.zeros(batch, dtype=torch.int64, device=where), counter))
+                del h
+            lines.append(fit_bytes(batches, peaks))
+        optimizer = _optimizer_state(fake, config)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    return HeadProfile(
+        spec=spec,
+        weights=tensor_bytes([*head.parameters(), *head.buffers()]),
+        gradients=tensor_bytes(trained),
+        optimizer=optimizer,
+        parameters=sum(p.numel() for p in head.parameters()),
+        flops=flops_of(cut.classifier, shape) if spec.kind == "classifier" else head_flops(spec, shape, cut.classes),
+        chunks=options,
+        transient=tuple(lines),
+        seconds=None,
+    )
+
+
+def _optimizer_state(module: nn.Module, config: TrainConfig) -> int:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        return 0
+    optimizer = make_optimizer(trained, config)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    total = state_bytes(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _profile_stage(
+    cut: Cut,
+    number: int,
+    config: TrainConfig,
+    batches: Sequence[int],
+    device: torch.device,
+    before_keeps: bool,
+    head: HeadProfile,
+    flops: int,
+) -> tuple[StageProfile, bool]:
+    """One stage's record, and whether it keeps its own output for backward."""
+    stage = cut.stages[number]
+    shape = cut.stages[number - 1].output_shape if number else cut.input_shape
+    where = device if device.type == "cuda" else torch.device("cpu")
+    points = []
+    with _copies([stage.module], device) as (copies, counter):
+        for batch in batches:
+            x = torch.ones(batch, *shape, device=where, requires_grad=number > 0)
+            points.append(_stage_bytes(copies[0], x, counter))
+            size = x.untyped_storage().nbytes()
+            p = points[-1]
+            p["input"] = size
+            own_input = size if p["saves_input"] and not before_keeps else 0
+            kept = p["inner"] + (p["output"] if p["saves_output"] else 0)
+            p["transient"] = p["train_peak"] - kept
+            p["kept"] = kept + own_input
+            p["held_input"] = size - own_input
+            p["loose"] = 0 if p["saves_output"] else p["output"]
+            del x
+        optimizer = _optimizer_state(copies[0], config)
+    line: Callable[[str], Line] = lambda key: fit_bytes(batches, [p[key] for p in points])  # noqa: E731
+    module = stage.module
+    trained = [p for p in module.parameters() if p.requires_grad]
+    record = StageProfile(
+        name=stage.name,
+        output_shape=stage.output_shape,
+        output=4 * math.prod(stage.output_shape),
+        parameters=sum(p.numel() for p in module.parameters()),
+        weights=tensor_bytes([*module.parameters(), *module.buffers()]),
+        gradients=tensor_bytes(trained),
+        optimizer=optimizer,
+        kept=line("kept"),
+        input=line("held_input"),
+        loose=line("loose"),
+        transient=line("transient"),
+        forward=line("forward"),
+        flops=flops,
+        seconds=None,
+        forward_seconds=None,
+        head=head,
+    )
+    return record, bool(points[0]["saves_output"])
+
+
+def _loading(cut: Cut, preprocess: Preprocess, uint8: bool, batches: Sequence[int], device: torch.device) -> Line:
+    """Peak of a batch of images on its way to the first stage."""
+    peaks = []
+    kind = torch.uint8 if uint8 else torch.float32
+    preprocess = copy.copy(preprocess)  # its constants are made where it runs, here perhaps as fake tensors
+    with _copies([], device) as (_, counter):
+        where = device if device.type == "cuda" else torch.device("cpu")
+        for batch in batches:
+            base = counter.now
+            counter.reset()
+            images = torch.ones(batch, *cut.input_shape, dtype=kind, device=where)
+            x = preprocess(images, torch.arange(batch), stream=0)
+            peaks.append(counter.peak - base)
+            del images, x
+    return fit_bytes(batches, peaks)
+
+
+def profile_stages(
+    cut: Cut,
+    config: TrainConfig,
+    preprocess: Preprocess,
+    *,
+    name: str,
+    uint8: bool,
+    device: torch.device | None,
+    batch_sizes: Sequence[int] = BATCHES,
+) -> Profile:
+    """Measures every stage of a cut model.
+
+    Args:
+        cut: stages and classifier; only copies of them run.
+        config: head kinds, optimizer.
+        preprocess: what images go through on the device.
+        name: of the model, for the record.
+        uint8: images reach the device as uint8, else as float32.
+        device: where to measure seconds, and on CUDA bytes; None: bytes only, on fake tensors.
+        batch_sizes: three or more.
+
+    Returns:
+        Profile: bytes as lines of the batch size, FLOPs, and seconds where a device was given.
+    """
+    flops = [
+        flops_of(s.module, cut.stages[k - 1].output_shape if k else cut.input_shape) for k, s in enumerate(cut.stages)
+    ]
+    specs = head_specs(cut, config, flops)
+    where = device or torch.device("cpu")
+    stages: list[StageProfile] = []
+    keeps = False
+    for k in range(len(cut.stages)):
+        head = _profile_head(cut, specs[k], k, config, batch_sizes, where)
+        stage, keeps = _profile_stage(cut, k, config, batch_sizes, where, keeps, head, flops[k])
+        stages.append(stage)
+    if device is not None:
+        stages = [_with_seconds(cut, k, s, config, device) for k, s in enumerate(stages)]
+    return Profile(
+        model=name,
+        device=device.type if device is not None else "none",
+        torch=str(torch.__version__),
+        optimizer=config.optimizer,
+        augment=config.augment,
+        input_shape=cut.input_shape,
+        classes=cut.classes,
+        input=4 * math.prod(cut.input_shape),
+        batch_sizes=tuple(batch_sizes),
+        loading=_loading(cut, preprocess, uint8, batch_sizes, where),
+        stages=tuple(stages),
+    )
+
+
+def _with_seconds(cut: Cut, number: int, stage: StageProfile, config: TrainConfig, device: torch.device) -> StageProfile:
+    """The record with measured seconds of training step, eval forward and head, at three batch sizes."""
+    sizes = (8, 16, 32)
+    shape = cut.stages[number - 1].output_shape if number else cut.input_shape
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        body = copy.deepcopy(cut.stages[number].module).to(device)
+        head = make_head(cut, stage.head.spec, number, config)
+        head = (copy.deepcopy(head) if stage.head.spec.kind == "classifier" else head).to(device)
+        times: dict[str, list[float]] = {"train": [], "forward": [], "head": []}
+        for batch in sizes:
+            x = torch.rand(batch, *shape, device=device).requires_grad_(number > 0)
+            labels = torch.zeros(batch, dtype=torch.int64, device=device)
+            with torch.no_grad():
+                h = body.train()(x)
+            dh = torch.rand_like(h)
+            head.train()
+            times["train"].append(_seconds(lambda x=x, dh=dh: _forward_backward(body, x, dh), device))
+            times["head"].append(_seconds(lambda h=h, y=labels: head.step(h, y, None), device))  # type: ignore[operator]
+            body.eval()
+            with torch.no_grad():
+                times["forward"].append(_seconds(lambda x=x: body(x), device))
+    lines = {k: fit(sizes, v) for k, v in times.items()}
+    return replace(
+        stage,
+        seconds=lines["train"],
+        forward_seconds=lines["forward"],
+        head=replace(stage.head, seconds=lines["head"]),
+    )
+
+
+def _forward_backward(body: nn.Module, x: Tensor, dh: Tensor) -> None:
+    h = body(x)
+    if h.requires_grad:
+        torch.autograd.backward(h, dh)
+    for p in body.parameters():
+        p.grad = None
+    x.grad = None
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median of a few runs after a warm-up."""
+    times = []
+    for k in range(REPEATS + 1):
+        _synchronize(device)
+        started = time.perf_counter()
+        call()
+        _synchronize(device)
+        if k:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def probe_tiers(shape: Shape, cache_dtype: str, batch: int, folder: Path, max_bytes: int | None) -> TierProbe:
+    """Writes and reads back some hundred samples on each storage tier, and asks how much each may hold.
+
+    Args:
+        shape: of one sample. cache_dtype: "fp16" or "exact". batch: samples of an append and of a read.
+        folder: where the run's caches will lie. max_bytes: most bytes of a cache, None for no such bound.
+    """
+    count = max(batch, min(512, PROBE_BYTES // (4 * math.prod(shape)) // batch * batch))
+    geometry = CacheGeometry(sample_shape=shape, dtype="fp16" if cache_dtype == "fp16" else "fp32", samples=count)
+    x = torch.rand(batch, *shape)
+    write, read = {}, {}
+    for tier in ("ram", "disk"):
+        cache = ActivationCache.create(folder, "probe.nfc", geometry, tier=tier)
+        try:
+            started = time.perf_counter()
+            for start in range(0, count, batch):
+                size = min(batch, count - start)
+                ids = torch.arange(start, start + size)
+                cache.append(x[:size], torch.zeros_like(ids), ids)
+            cache.finish()
+            write[tier] = (time.perf_counter() - started) / count
+            started = time.perf_counter()
+            for _ in cache.batches(0, batch, key=1):
+                pass
+            read[tier] = (time.perf_counter() - started) / count
+        finally:
+            cache.close()
+            (folder / "probe.nfc").unlink(missing_ok=True)
+    bound = max_bytes if max_bytes is not None else 1 << 62
+    room = {
+        "ram": min(bound, psutil.virtual_memory().available // 2),
+        "disk": min(bound, psutil.disk_usage(str(folder)).free * 9 // 10),
+    }
+    return TierProbe(write, read, room)
+
+
+def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, device: torch.device) -> Line:
+    """Peak of whole steps of one unit, its weights and optimizer state apart: the truth behind the sum over stages.
+
+    Measured at half the batch and at the batch. A peak is a maximum of lines, hence convex: between the two sizes the
+    line through them is never below it.
+    """
+    head = make_head(cut, unit.head, unit.last, config, unit.chunks)
+    modules = [s.module for s in cut.stages[unit.first : unit.last + 1]]
+    shape = cut.stages[unit.first - 1].output_shape if unit.first else cut.input_shape
+    where = device if device.type == "cuda" else torch.device("cpu")
+    sizes = (max(1, batch // 2), batch) if batch > 1 else (1,)
+    peaks = []
+    with _copies([*modules, head], device) as (copies, counter):
+        work = Unit("unit", copies[:-1], copies[-1])
+        work.optimizer = make_optimizer(work.parameters(), config)
+        work.body.train()
+        work.head.train()
+        for size in (sizes[0], *sizes):  # the first step makes the optimizer's state
+            base = counter.now
+            counter.reset()
+            x = torch.ones(size, *shape, device=where)
+            h, loss = local_step(work, x, torch.zeros(size, dtype=torch.int64, device=where))
+            peaks.append(counter.peak - base)
+            del x, h, loss
+    if len(sizes) == 1:
+        return Line(0.0, peaks[-1])
+    slope = (peaks[2] - peaks[1]) / (sizes[1] - sizes[0])
+    return Line(peaks[2] - slope * batch, slope)
+
+
+def block_peak(
+    cut: Cut,
+    block: BlockPlan,
+    config: TrainConfig,
+    preprocess: Preprocess,
+    *,
+    uint8: bool,
+    device: torch.device,
+    overhead: int,
+    together: bool,
+) -> int:
+    """Peak bytes of a block as the worker runs it: two training steps, then an eval pass that scores and writes.
+
+    Args:
+        overhead: bytes of weights beside the block; those that the block itself uses are not counted twice.
+        together: host memory is the device's (the CPU): a cached batch lies there as stored, too.
+    """
+    first, last = block.first, block.last
+    modules = [s.module for s in cut.stages[first : last + 1]]
+    heads = [make_head(cut, u.head, u.last, config, u.chunks) for u in block.units]
+    frozen = [s.module for s in cut.stages[:first]] if block.cache.tier == "recompute" else []
+    where = device if device.type == "cuda" else torch.device("cpu")
+    kind = torch.uint8 if uint8 else torch.float32
+    preprocess = copy.copy(preprocess)
+    shape = cut.stages[first - 1].output_shape if first else cut.input_shape
+    half = config.cache_dtype == "fp16"
+    with _copies([*modules, *heads, *frozen], device) as (copies, counter):
+        bodies, ready = copies[: len(modules)], copies[len(modules) : len(modules) + len(heads)]
+        prefix = [m.eval() for m in copies[len(modules) + len(heads) :]]
+        weights = tensor_bytes(t for m in copies for t in (*m.parameters(), *m.buffers()))
+        base = counter.now
+        counter.reset()
+        units = [
+            Unit("unit", bodies[u.first - first : u.last + 1 - first], head)
+            for u, head in zip(block.units, ready, strict=True)
+        ]
+        for unit in units:
+            unit.optimizer = make_optimizer(unit.parameters(), config)
+            unit.body.train()
+            unit.head.train()
+
+        def load(images: Tensor, size: int) -> Tensor:
+            return preprocess(images[:size].to(where), torch.arange(size), stream=0)
+
+        def inputs() -> Tensor:
+            images = torch.ones(block.batch, *cut.input_shape, dtype=kind)
+            if not prefix:
+                return load(images, block.batch)
+            size = block.cache.forward_batch
+            return forward_prefix(prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, half)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            cached = bool(first) and not prefix
+            buffer = torch.ones(block.batch, *shape, device=where) if cached else None
+            as_stored = torch.ones(block.batch, *shape, dtype=torch.float16) if cached and half and together else None
+            for _ in range(2):
+                yield (inputs() if buffer is None else buffer), torch.zeros(block.batch, dtype=torch.int64, device=where)
+            del as_stored
+
+        train_block(units, batches(), torch.zeros(len(units), device=where))
+        stored = torch.float16 if half else torch.float32
+        host = torch.arange(block.batch)
+        evaluated = (Batch(x, y, host, host) for x, y in batches())
+        forward_block(units, evaluated, score=True, write=lambda h, _: h.to(stored).isfinite().all(), device=where)
+        return int(counter.peak - base + max(overhead, weights))

@@ -1,0 +1,349 @@
+"""Worker: trains one block, scores its exits, hands out its outputs. Knows batches, not files.
+
+Images or cached activations (N, C, H, W) come from an `Inputs`; each pass over it is a function of (seed, block, pass), so
+the same plan gives the same batches wherever the inputs wait. Outputs leave in eval mode, in a fresh random order.
+Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Worker).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nf_engine.config import TrainConfig
+from nf_engine.data import ImageData, Preprocess
+from nf_engine.device import TensorBytes, watched
+from nf_engine.errors import NonFiniteError
+from nf_engine.local_step import Unit, train_block
+from nf_engine.records import BlockPlan
+from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
+
+
+WINDOW = 64 * 2**20  # bytes of a cache that are mixed with each other while it is read
+
+
+def counter_key(*parts: object) -> int:
+    """A 64-bit key from (seed, purpose, block, epoch, ...): all randomness is a function of such counters."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class Batch(NamedTuple):
+    """x (N, C, H, W) and labels (N,) on the device; ids (N,) of the samples and copies (N,), both host int64."""
+
+    x: Tensor
+    labels: Tensor
+    ids: Tensor
+    copies: Tensor
+
+
+class Inputs(Protocol):
+    """Where the inputs of a block come from."""
+
+    samples: int  # of one copy
+    copies: int
+
+    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """samples // batch full batches of an epoch, in a random order."""
+        ...
+
+    def once(self, batch: int, key: int | None) -> Iterator[Batch]:
+        """Every sample of every copy once, in the order of `key`, or as stored for None; the last batch may be short."""
+        ...
+
+
+@dataclass
+class ImageInputs:
+    """Images through the finished blocks: the inputs of the first block, and those of a recomputed one.
+
+    Attributes:
+        data: host images. preprocess: augmentation and normalisation, on the device.
+        prefix: finished stages in eval mode on the device; empty for the first block.
+        forward_batch: samples that go through the prefix at a time.
+        order: ids in the order that the file of a cache of these inputs would have, so that the tier changes time, not
+            numbers; None for the first block: full shuffles.
+        geometry: of that cache; its dtype rounds the recomputed inputs as the cache would.
+    """
+
+    data: ImageData
+    preprocess: Preprocess
+    device: torch.device
+    seed: int
+    block: int = 0
+    prefix: Sequence[nn.Module] = ()
+    forward_batch: int = 0
+    order: NDArray[np.int64] | None = None
+    geometry: CacheGeometry | None = None
+    copies: int = 1
+    window: int = WINDOW
+
+    @property
+    def samples(self) -> int:
+        return len(self.data)
+
+    def order_ids(self) -> NDArray[np.int64]:
+        return np.arange(self.samples) if self.order is None else self.order
+
+    def positions(self, key: int) -> NDArray[np.int64]:
+        if self.geometry is not None:
+            return sample_order(key, self.samples, self.geometry, self.window)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self.samples)
+
+    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        ids = self.order_ids()[self.positions(pass_key(self.seed, self.block, epoch))]
+        for k in range(len(ids) // batch):
+            part = torch.from_numpy(ids[k * batch : (k + 1) * batch])
+            yield self._load(part, epoch)
+
+    def once(self, batch: int, key: int | None) -> Iterator[Batch]:
+        ids = self.order_ids() if key is None else self.order_ids()[self.positions(key)]
+        for copy in range(self.copies):
+            for part in torch.from_numpy(ids).split(batch):
+                x, labels = self._load(part, WRITE_STREAM + copy)
+                yield Batch(x, labels, part, torch.full_like(part, copy))
+
+    def _load(self, ids: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.data.batch(ids)
+        return self.prepare(images, ids, stream), labels.to(self.device, non_blocking=True)
+
+    def prepare(self, images: Tensor, ids: Tensor, stream: int) -> Tensor:
+        """Host images (N, C, H, W) -> the block's inputs on the device."""
+        if not self.prefix:
+            return self.preprocess(images.to(self.device, non_blocking=True), ids, stream=stream)
+        half = self.geometry is not None and self.geometry.dtype == "fp16"
+        size = self.forward_batch or len(images)
+
+        def load(start: int) -> Tensor:
+            part = images[start : start + size].to(self.device, non_blocking=True)
+            return self.preprocess(part, ids[start : start + size], stream=stream)
+
+        return forward_prefix(self.prefix, load, len(images), size, half)
+
+
+def forward_prefix(
+    prefix: Sequence[nn.Module], load: Callable[[int], Tensor], count: int, size: int, half: bool
+) -> Tensor:
+    """Frozen stages over `count` samples, `size` at a time, rounded as the cache would: (count, C, H, W) float32.
+
+    load(start) gives the preprocessed images from `start` on.
+    """
+    out: Tensor | None = None
+    with torch.no_grad():
+        for start in range(0, count, size):
+            h = load(start)
+            for stage in prefix:
+                h = stage(h)
+            if half:
+                h = h.half()
+            if out is None:
+                out = torch.empty((count, *h.shape[1:]), dtype=torch.float32, device=h.device)
+            out[start : start + size] = h
+            del h
+    assert out is not None
+    return out
+
+
+WRITE_STREAM = 1 << 20  # augmentation streams of cached copies; epochs count from 0
+
+
+def pass_key(seed: int, block: int, number: int) -> int:
+    """Key of the order in which pass `number` of a block reads its inputs."""
+    return counter_key(seed, "order", block, number)
+
+
+@dataclass
+class CacheInputs:
+    """A finished cache as the inputs of a block. A pass over V copies is V epochs."""
+
+    cache: ActivationCache
+    device: torch.device
+    seed: int
+    block: int
+    samples: int
+    copies: int
+    order: NDArray[np.int64]  # ids as stored
+    window: int = WINDOW
+
+    def __post_init__(self) -> None:
+        self._pass: Iterator[tuple[Tensor, Tensor]] = iter(())
+
+    def order_ids(self) -> NDArray[np.int64]:
+        return self.order
+
+    def positions(self, key: int) -> NDArray[np.int64]:
+        return sample_order(key, len(self.order), self.cache.geometry, self.window)
+
+    def close(self) -> None:
+        """Ends a pass that was not read to its end, and closes the cache."""
+        self._pass = iter(())
+        self.cache.close()
+
+    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if epoch % self.copies == 0:
+            self._pass = self._read(epoch // self.copies, batch)
+        return itertools.islice(self._pass, self.samples // batch)
+
+    def _read(self, number: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        key = pass_key(self.seed, self.block, number)
+        for b in self._batches(batch, key, drop_last=True):
+            yield b.x, b.labels
+
+    def once(self, batch: int, key: int | None) -> Iterator[Batch]:
+        yield from self._batches(batch, key)
+
+    def _batches(self, batch: int, key: int | None, drop_last: bool = False) -> Iterator[Batch]:
+        read = self.cache.batches(
+            0, batch, key=0 if key is None else key, drop_last=drop_last, device=self.device, window_bytes=self.window
+        )
+        for b in read:
+            yield Batch(b.x, b.labels.to(self.device, non_blocking=True), b.ids, b.copies)
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch of one block. losses: mean local loss of each unit; seconds: of the epoch."""
+
+    block: int
+    epoch: int
+    losses: tuple[float, ...]
+    samples: int
+    seconds: float
+
+
+def train_epochs(
+    units: Sequence[Unit],
+    inputs: Inputs,
+    plan: BlockPlan,
+    config: TrainConfig,
+    device: torch.device,
+    report: Callable[[EpochReport], None],
+    *,
+    block: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+    counter: TensorBytes | None = None,
+) -> None:
+    """Trains all units of a block for the configured epochs.
+
+    Raises:
+        NonFiniteError: a local loss is NaN or infinite at the end of an epoch; names block, unit and epoch.
+    """
+    per_epoch = inputs.samples // plan.batch
+    steps = per_epoch * config.epochs
+    warmup = round(per_epoch * min(config.warmup_epochs, config.epochs / 2))
+    for unit in units:
+        unit.body.train()
+        unit.head.train()
+    for epoch in range(config.epochs):
+        started = time.perf_counter()
+        losses = torch.zeros(len(units), dtype=torch.float32, device=device)
+
+        def batches(epoch: int = epoch) -> Iterator[tuple[Tensor, Tensor]]:
+            source = watched(inputs.train(epoch, plan.batch), None if epoch else counter)
+            for k in range(per_epoch):
+                rate = learning_rate(epoch * per_epoch + k, steps, warmup, plan.lr)
+                for unit in units:
+                    set_rate(unit, rate)
+                if on_step is not None:
+                    on_step(epoch * per_epoch + k, steps)
+                yield next(source)
+            source.close()
+
+        done = train_block(units, batches(), losses)
+        means = tuple((losses / max(1, done)).tolist())
+        for unit, mean in zip(units, means, strict=True):
+            if not math.isfinite(mean):
+                raise NonFiniteError(
+                    f"block {block}, unit {unit.name}, epoch {epoch}: the local loss is {mean}; "
+                    f"lower lr (the block trains at {plan.lr:.4g}) or raise warmup_epochs"
+                )
+        report(EpochReport(block, epoch, means, done * plan.batch, time.perf_counter() - started))
+
+
+def set_rate(unit: Unit, rate: float) -> None:
+    assert unit.optimizer is not None
+    for group in unit.optimizer.param_groups:
+        group["lr"] = rate
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out result of one exit: share of right answers, and mean cross-entropy without smoothing."""
+
+    accuracy: float
+    loss: float
+
+
+class Sums(NamedTuple):
+    """Of one eval pass: right answers and summed cross-entropy of each unit's exit (units,), and samples seen."""
+
+    right: Tensor
+    loss: Tensor
+    seen: int
+
+    def scores(self) -> list[Score]:
+        return [Score(r / self.seen, t / self.seen) for r, t in zip(self.right.tolist(), self.loss.tolist(), strict=True)]
+
+
+def forward_block(
+    units: Sequence[Unit],
+    batches: Iterator[Batch],
+    *,
+    score: bool,
+    write: Callable[[Tensor, Batch], None] | None,
+    device: torch.device,
+) -> Sums:
+    """One eval pass of a block: adds up each exit's score where asked and hands the block's outputs to `write`."""
+    for unit in units:
+        unit.body.eval()
+        unit.head.eval()
+    right = torch.zeros(len(units), device=device)
+    loss = torch.zeros(len(units), device=device)
+    seen = 0
+    with torch.no_grad():
+        for batch in batches:
+            h = batch.x
+            for k, unit in enumerate(units):
+                h = unit.body(h)
+                if score:
+                    logits = unit.head(h)
+                    right[k] += (logits.argmax(1) == batch.labels).sum()
+                    loss[k] += F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            seen += len(batch.labels)
+            if write is not None:
+                write(h, batch)
+            del h, batch
+    return Sums(right, loss, seen)
+
+
+__all__ = [
+    "Batch",
+    "CacheInputs",
+    "EpochReport",
+    "ImageInputs",
+    "Inputs",
+    "Score",
+    "counter_key",
+    "forward_block",
+    "learning_rate",
+    "pass_key",
+    "set_rate",
+    "train_epochs",
+]
