@@ -1,12 +1,13 @@
 """TrainConfig: what a user decides, and nothing else.
 
-One flat frozen dataclass: the same names in Python, in TOML and as flags of the command line. Every value is checked when
-the object is made, so nothing behind this module checks a setting again.
+One flat frozen dataclass: the same names in Python, in TOML and as flags of the command line. Every value is checked
+when the object is made, so nothing behind this module checks a setting again.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -29,13 +30,14 @@ _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, 
 
 def parse_bytes(value: int | str, name: str) -> int:
     """Bytes from an int or from text such as "512MiB", "2GB" or "700e6"; `name` is the setting that errors speak of."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(value), re.IGNORECASE)
+    text = "" if isinstance(value, float) else str(value)  # 0.5 would be meant as a share, and be no byte
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
     try:
         if match is not None:
             return int(float(match[1]) * _SUFFIX[match[2].lower()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         match = None
     raise ConfigError(f"{name} must be bytes such as 268435456, '256MiB' or '2GB', got {value!r}")
 
@@ -111,31 +113,32 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("max_units", "min_batch_size", "max_batch_size", "epochs", "head_depth"):
-            self._number(name, int, 1, None)
+            self._number(name, int, 1)
         for name in ("augment_copies", "head_width", "seed"):
-            self._number(name, int, 0, None)
+            self._number(name, int, 0)
         for name in ("lr", "weight_decay", "warmup_epochs"):
-            self._number(name, float, 0, None)
+            self._number(name, float, 0)
         for name in ("memory_margin", "momentum", "grouping_threshold", "label_smoothing", "val_fraction", "max_drop"):
             self._number(name, float, 0, 1)
-        if self.head_pool not in (1, 2, 4):
+        if type(self.head_pool) is not int or self.head_pool not in (1, 2, 4):
             raise ConfigError(f"head_pool must be 1, 2 or 4, got {self.head_pool!r}")
         if self.min_batch_size > self.max_batch_size:
             raise ConfigError(f"min_batch_size {self.min_batch_size} is above max_batch_size {self.max_batch_size}")
         if self.batch_size != "auto":
-            self._number("batch_size", int, 1, None)
+            self._number("batch_size", int, 1)
         if self.max_cache_bytes is not None:
             parse_bytes(self.max_cache_bytes, "max_cache_bytes")
-        if isinstance(self.split_points, str) or not all(isinstance(p, str) for p in self.split_points):
+        points = self.split_points
+        if not isinstance(points, (list, tuple)) or not all(isinstance(p, str) for p in points):
             raise ConfigError(f"split_points must be a list of module names, got {self.split_points!r}")
         object.__setattr__(self, "split_points", tuple(self.split_points))
         self._check_budget()
 
-    def _number(self, name: str, kind: type, low: float, high: float | None) -> None:
+    def _number(self, name: str, kind: type, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if not number or value != value or value < low or (high is not None and value >= high):
-            bounds = f">= {low}" if high is None else f"in [{low}, {high})"
+        if not number or not low <= value < high:  # false for NaN, too
+            bounds = f">= {low}" if high == math.inf else f"in [{low}, {high})"
             raise ConfigError(f"{name} must be {'an integer' if kind is int else 'a number'} {bounds}, got {value!r}")
 
     def _check_budget(self) -> None:
@@ -144,7 +147,9 @@ class TrainConfig:
             return
         if isinstance(budget, float):
             if not 0 < budget <= 1:
-                raise ConfigError(f"memory_budget as a share must be in (0, 1], got {budget}; for bytes give an int or text")
+                raise ConfigError(
+                    f"memory_budget as a share must be in (0, 1], got {budget}; for bytes give an int or text"
+                )
             return
         need = parse_bytes(budget, "memory_budget")
         if need < 2**20:
@@ -197,5 +202,5 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
     return repr(value)

@@ -28,7 +28,9 @@ SAMPLES = 50_000
 
 def stage(name="s", kept=0.0, entry=0.0, transient=0.0, output=0, fixed=0, head=0.0, head_fixed=0, forward=0.0):
     spec = HeadSpec("linear", 4)
-    own = HeadProfile(spec, head_fixed, head_fixed, head_fixed, head_fixed // 4, 1, (1,), (Line(0, head),), Line(0, 1e-6))
+    own = HeadProfile(
+        spec, head_fixed, head_fixed, head_fixed, head_fixed // 4, 1, (1,), (Line(0, head),), Line(0, 1e-6)
+    )
     return StageProfile(
         name=name,
         output_shape=(1, 1, max(1, output // 4)),

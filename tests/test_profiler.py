@@ -41,7 +41,9 @@ def state_hash(network):
 
 
 def test_one_convolution_costs_what_arithmetic_says():
-    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
     _, _, made = profile_of(network)
     stage = made.stages[0]
     image, map_ = 3 * 32 * 32 * 4, 16 * 32 * 32 * 4

@@ -1,0 +1,94 @@
+"""Timing and reporting shared by the benches: arguments, machine, medians, and the JSON document of the last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nf_engine.data import ImageData, fit_to, load_split
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that every bench takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="about a minute on two cores")
+    parser.add_argument("--json", type=Path, help="also write the document of the last line to this file")
+    parser.add_argument("--data", default="synthetic:2000", help="cifar10:DIR, idx:DIR, synthetic:N, ...")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    return parser
+
+
+def images(spec: str, train: int | None = None, test: int | None = None) -> tuple[ImageData, ImageData]:
+    """Training and test images of a data set, 3x32x32, cut to the first `train` and `test` samples."""
+    data, held = load_split(spec)
+    assert held is not None, f"{spec} has no test split"
+    data = fit_to(data, size=32, channels=3)
+    held = fit_to(held, size=32, channels=3)
+    if train is not None and train < len(data):
+        data = data.subset(torch.arange(train))
+    if test is not None and test < len(held):
+        held = held.subset(torch.arange(test))
+    return data, held
+
+
+def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median of some runs after a warm-up."""
+    times = []
+    for k in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        if k:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "gpu": gpu,
+            "load": round(os.getloadavg()[0], 2)}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+
+def check(value: float | None, target: str) -> dict[str, Any]:
+    """One entry of `checks`: target is "<= 1.05", ">= 2" or "== 0"; value None: could not be measured here."""
+    sign, _, bound = target.partition(" ")
+    limit = float(bound)
+    ok = None
+    if value is not None:
+        ok = bool({"<=": value <= limit, ">=": value >= limit, "==": value == limit, "<": value < limit}[sign])
+    return {"value": value if value is None else round(value, 4), "target": target, "ok": ok}
+
+
+def finish(args: argparse.Namespace, rows: list[dict[str, Any]], checks: dict[str, Any]) -> None:
+    """Prints the checks and, as the last line, the whole document; writes it where asked."""
+    for name, entry in checks.items():
+        print(f"check: {name}: {entry['value']} (target {entry['target']}): {entry['ok']}")
+    document = {"machine": machine(), "versions": versions(), "commit": commit(), "arguments": vars(args) | {"json": None},
+                "rows": rows, "checks": checks}  # fmt: skip
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))

@@ -1,0 +1,349 @@
+"""Controller: brings the blocks to the device one after another and hands the cache from one to the next.
+
+    images -> block 0 -> cache 1 -> block 1 -> cache 2 -> ...        each block: train, score its exits, write its outputs
+
+Only the block in training (and, where a tier is "recompute", the frozen stages before it) is on the device.
+Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Controller).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nf_engine.config import TrainConfig
+from nf_engine.data import ImageData, Preprocess
+from nf_engine.device import TensorBytes, watched
+from nf_engine.errors import BudgetExceededError
+from nf_engine.local_step import Unit, make_optimizer
+from nf_engine.partitioner import ITEM
+from nf_engine.records import BlockPlan, Plan, format_bytes
+from nf_engine.run_folder import RunFolder
+from nf_engine.stages import Cut
+from nf_engine.storage import ActivationCache, CacheGeometry
+from nf_engine.worker import (
+    Batch,
+    CacheInputs,
+    EpochReport,
+    ImageInputs,
+    Score,
+    counter_key,
+    forward_block,
+    train_epochs,
+)
+
+PREVIEW = 512  # held-out samples that an epoch's accuracy is estimated from
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Bytes of one block: predicted, and measured as tensors (allocated), allocator pool (reserved), whole process.
+
+    On the CPU reserved is 0, and process is the resident set of the whole program, images and caches included.
+    """
+
+    block: int
+    predicted: int
+    allocated: int
+    reserved: int
+    process: int
+
+
+class Observer(Protocol):
+    """Told what happens; progress displays and logs implement it."""
+
+    def planned(self, plan: Plan) -> None: ...
+    def block_started(self, number: int, block: BlockPlan) -> None: ...
+    def step(self, done: int, total: int) -> None: ...
+    def epoch_ended(self, report: EpochReport, accuracy: float, now: int, peak: int) -> None: ...
+    def block_ended(self, number: int, scores: Sequence[Score], memory: BlockMemory) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+Inputs = ImageInputs | CacheInputs
+
+
+class Controller:
+    """Runs a plan.
+
+    Args:
+        cut: stages and classifier of the model, trained in place.
+        heads: one for each unit of the plan, in order; trained in place.
+        plan: with every tier decided.
+        data, held_out: images; the exits are scored on held_out.
+        train_images, plain: preprocessing with and without augmentation.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        heads: Sequence[nn.Module],
+        plan: Plan,
+        config: TrainConfig,
+        data: ImageData,
+        held_out: ImageData,
+        train_images: Preprocess,
+        plain: Preprocess,
+        folder: RunFolder,
+        device: torch.device,
+        observer: Observer,
+        *,
+        keep_cache: bool = False,
+    ) -> None:
+        self.cut, self.heads, self.plan, self.config = cut, heads, plan, config
+        self.data, self.held_out = data, held_out
+        self.train_images, self.plain = train_images, plain
+        self.folder, self.device, self.observer = folder, device, observer
+        self.keep_cache = keep_cache
+        self.seconds: dict[str, float] = {"train": 0.0, "score": 0.0, "cache_write": 0.0}
+        self.memory: list[BlockMemory] = []
+        self.history: list[dict[str, object]] = []
+        digest = hashlib.sha256((plan.to_json() + config.to_toml() + data.digest()).encode())
+        self._fingerprint = digest.digest()
+        self._numbers = list(itertools.accumulate((len(b.units) for b in plan.blocks), initial=0))
+
+    def run(self) -> list[Score]:
+        """Trains all blocks; returns the held-out score of every exit, in order."""
+        scores: list[Score] = []
+        inputs: Inputs = self._images(self.data, self.train_images)
+        held: Inputs = self._images(self.held_out, self.plain)
+        for number, block in enumerate(self.plan.blocks):
+            self.observer.block_started(number, block)
+            units = self._units(number, block)
+            counter = self._counter(units)
+            self._start_count()
+            inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
+            self._train(number, block, units, inputs, held, counter)
+            after, after_held, found = self._leave(number, block, units, inputs, held, counter)
+            scores += found
+            self._finish(number, units, inputs, held, found, counter)
+            if after is not None and after_held is not None:
+                inputs, held = after, after_held
+        return scores
+
+    def _images(self, data: ImageData, preprocess: Preprocess) -> ImageInputs:
+        return ImageInputs(data, preprocess, self.device, self.config.seed)
+
+    def _copies_after(self, number: int) -> int:
+        """Copies of its outputs that a block which reads images has to write."""
+        following = self.plan.blocks[number + 1 :]
+        return following[0].cache.copies if following else 1
+
+    def _units(self, number: int, block: BlockPlan) -> list[Unit]:
+        units = []
+        for k, unit in enumerate(block.units):
+            stages = [s.module for s in self.cut.stages[unit.first : unit.last + 1]]
+            name = self.plan.stages[unit.first] + ".." + self.plan.stages[unit.last]
+            made = Unit(name, stages, self.heads[self._numbers[number] + k])
+            for module in made.modules():
+                module.to(self.device)
+            made.optimizer = make_optimizer(made.parameters(), self.config)
+            units.append(made)
+        return units
+
+    def _resident(self) -> list[Tensor]:
+        modules = [*(s.module for s in self.cut.stages), *self.heads]
+        return [t for m in modules for t in (*m.parameters(), *m.buffers())]
+
+    def _counter(self, units: Sequence[Unit]) -> TensorBytes | None:
+        return TensorBytes(self._resident()) if self.device.type == "cpu" else None
+
+    def _start_count(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _train(
+        self, number: int, block: BlockPlan, units: list[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
+    ) -> None:
+        started = time.perf_counter()
+
+        def report(epoch: EpochReport) -> None:
+            sample = itertools.islice(held.once(min(block.batch, PREVIEW), None), -(-PREVIEW // block.batch))
+            sums = forward_block(units, sample, score=True, write=None, device=self.device)
+            accuracy = sums.scores()[-1].accuracy
+            for unit in units:
+                unit.body.train()
+                unit.head.train()
+            now, peak = self._now(counter)
+            self.observer.epoch_ended(epoch, accuracy, now, peak)
+            line = {
+                "block": number,
+                "epoch": epoch.epoch,
+                "samples": epoch.samples * (epoch.epoch + 1),
+                "train/loss": list(epoch.losses),
+                "val/accuracy": accuracy,
+            }
+            self.history.append({**line, "seconds": epoch.seconds, "mem/peak": peak})
+            self.folder.append("metrics.jsonl", line)
+
+        train_epochs(
+            units,
+            inputs,
+            block,
+            self.config,
+            self.device,
+            report,
+            block=number,
+            on_step=self.observer.step,
+            counter=counter,
+        )
+        self.seconds["train"] += time.perf_counter() - started
+
+    def _leave(
+        self, number: int, block: BlockPlan, units: list[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
+    ) -> tuple[Inputs | None, Inputs | None, list[Score]]:
+        """Scores the block's exits and makes the next block's inputs."""
+        last = number + 1 == len(self.plan.blocks)
+        tier = "" if last else self.plan.blocks[number + 1].cache.tier
+        started = time.perf_counter()
+        if last or tier == "recompute":
+            scores = self._pass(units, held, block.batch, None, None, counter, score=True)
+            self.seconds["score"] += time.perf_counter() - started
+            if last:
+                return None, None, scores
+            return self._recompute(number + 1, inputs, self.data), self._recompute(number + 1, held, self.held_out), scores
+        after_held, scores = self._store(number + 1, "v", units, held, block.batch, counter, score=True)
+        self.seconds["score"] += time.perf_counter() - started
+        started = time.perf_counter()
+        after, _ = self._store(number + 1, "x", units, inputs, block.batch, counter, score=False)
+        self.seconds["cache_write"] += time.perf_counter() - started
+        return after, after_held, scores
+
+    def _pass(
+        self,
+        units: list[Unit],
+        inputs: Inputs,
+        batch: int,
+        key: int | None,
+        cache: ActivationCache | None,
+        counter: TensorBytes | None,
+        *,
+        score: bool,
+    ) -> list[Score]:
+        def write(h: Tensor, b: Batch) -> None:
+            assert cache is not None
+            cache.append(h, b.labels.cpu(), b.ids, b.copies)
+
+        batches = watched(inputs.once(batch, key), counter)
+        sums = forward_block(units, batches, score=score, write=write if cache else None, device=self.device)
+        return sums.scores() if score else []
+
+    def _store(
+        self,
+        number: int,
+        prefix: str,
+        units: list[Unit],
+        inputs: Inputs,
+        batch: int,
+        counter: TensorBytes | None,
+        *,
+        score: bool,
+    ) -> tuple[CacheInputs, list[Score]]:
+        """Writes the outputs of the block before `number`, all copies, in a fresh random order."""
+        plan = self.plan.blocks[number].cache
+        geometry = self._geometry(number, inputs.samples * inputs.copies, inputs.copies)
+        key = counter_key(self.config.seed, "write", prefix, number)
+        cache = ActivationCache.create(
+            self.folder.path,
+            f"{prefix}{number:03d}-g0001.nfc",
+            geometry,
+            tier=plan.tier,
+            block=number,
+            fingerprint=self._fingerprint,
+            order_key=key,
+        )
+        try:
+            scores = self._pass(units, inputs, batch, key, cache, counter, score=score)
+            cache.finish()
+        except BaseException:
+            cache.abort()
+            raise
+        order = _order_after(inputs, key)
+        return CacheInputs(cache, self.device, self.config.seed, number, inputs.samples, inputs.copies, order), scores
+
+    def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
+        shape = self.cut.stages[self.plan.blocks[number].first - 1].output_shape
+        dtype = "fp16" if ITEM[self.config.cache_dtype] == 2 else "fp32"
+        return CacheGeometry(sample_shape=shape, dtype=dtype, samples=samples, copies=copies)
+
+    def _recompute(self, number: int, inputs: Inputs, data: ImageData) -> ImageInputs:
+        """The frozen stages before block `number`, fed with images, in the order that a cache would give."""
+        block = self.plan.blocks[number]
+        prefix = "v" if data is self.held_out else "x"
+        stages = [s.module.to(self.device).eval() for s in self.cut.stages[: block.first]]
+        return ImageInputs(
+            data,
+            self.plain if data is self.held_out else self.train_images,
+            self.device,
+            self.config.seed,
+            block=number,
+            prefix=stages,
+            forward_batch=block.cache.forward_batch,
+            order=_once_each(_order_after(inputs, counter_key(self.config.seed, "write", prefix, number))),
+            geometry=self._geometry(number, len(data), 1),
+        )
+
+    def _now(self, counter: TensorBytes | None) -> tuple[int, int]:
+        if counter is not None:
+            return counter.now, counter.peak
+        return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+
+    def _finish(
+        self,
+        number: int,
+        units: list[Unit],
+        inputs: Inputs,
+        held: Inputs,
+        scores: list[Score],
+        counter: TensorBytes | None,
+    ) -> None:
+        """Checks the peak, saves the block, frees its optimiser state and the caches it was trained from."""
+        reserved = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
+        peak = self._now(counter)[1]
+        memory = BlockMemory(number, self.plan.blocks[number].peak, peak, reserved, psutil.Process().memory_info().rss)
+        self.memory.append(memory)
+        for unit in units:
+            unit.optimizer = None
+            for module in unit.modules():
+                module.eval()
+                module.to("cpu")
+        modules = {f"unit{self._numbers[number] + k}.{part}": m for k, u in enumerate(units)
+                   for part, m in zip(("body", "head"), u.modules(), strict=True)}  # fmt: skip
+        self.folder.write_weights(f"b{number:03d}.safetensors", modules, {"format": "nf-block/1"})
+        self.folder.log("block", number=number, predicted=memory.predicted, allocated=peak, reserved=reserved)
+        for used in (inputs, held):
+            if isinstance(used, CacheInputs):
+                used.close()
+                if not self.keep_cache and used.cache.record.tier == "disk":
+                    self.folder.remove(used.cache.record.name)
+        self.observer.block_ended(number, scores, memory)
+        if peak > self.plan.budget:
+            raise BudgetExceededError(
+                f"block {number} used {format_bytes(peak)} ({peak} bytes) of tensors, the budget is "
+                f"{format_bytes(self.plan.budget)}; it is saved in {self.folder.path}; raise memory_margin and report this",
+                stage=f"block {number}",
+                need=peak,
+                budget=self.plan.budget,
+            )
+
+
+def _order_after(inputs: Inputs, key: int) -> NDArray[np.int64]:
+    """Sample ids in the order in which a pass of this key writes them, all copies."""
+    ids = inputs.order_ids()[inputs.positions(key)]
+    return np.tile(ids, inputs.copies) if isinstance(inputs, ImageInputs) else ids
+
+
+def _once_each(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ids of one copy, in the order of their first appearance."""
+    return ids[np.sort(np.unique(ids, return_index=True)[1])]
