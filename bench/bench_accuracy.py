@@ -85,14 +85,20 @@ def main() -> None:
     config = config.with_fields({"memory_budget": budget})
     rows: list[dict[str, Any]] = []
     print(f"budget {budget} bytes, {SHARE:.0%} of backpropagation's live peak at batch 128")
-    print(f"{'arm':<22}{'seed':>5}{'accuracy':>10}{'best exit':>11}{'seconds':>9}{'peak/budget':>12}  units/blocks, batches")
+    print(
+        f"{'arm':<22}{'seed':>5}{'accuracy':>10}{'best exit':>11}{'seconds':>9}{'peak/budget':>12}  units/blocks, batches"
+    )
     for seed in (int(s) for s in args.seeds.split(",")):
         for arm in args.arms.split(","):
-            before = next((r for r in rows if r["seed"] == seed and r["blocks"] == 1 and _strategy(r) == arm.split()[0]), None)
+            before = next(
+                (r for r in rows if r["seed"] == seed and r["blocks"] == 1 and _strategy(r) == arm.split()[0]), None
+            )
             if before is not None and arm != "backpropagation":
                 rows.append(before | {"arm": arm, "note": "one block: nothing to cache, the same run"})
                 continue
-            row = {"arm": arm, "seed": seed} | run(arm, seed, data, test, config.with_fields({"seed": seed}), args.width)
+            row = {"arm": arm, "seed": seed} | run(
+                arm, seed, data, test, config.with_fields({"seed": seed}), args.width
+            )
             row["peak_share"] = row["peak"] / budget
             rows.append(row)
             print(

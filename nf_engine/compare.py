@@ -27,7 +27,7 @@ from nf_engine.worker import ImageInputs, learning_rate
 
 @dataclass(frozen=True)
 class PeerResult:
-    """accuracy on the data to score, seconds of each epoch, and the measured peak of tensor bytes (CPU; 0 elsewhere)."""
+    """accuracy on the scored data, seconds of each epoch, and the measured peak of tensor bytes (CPU; 0 elsewhere)."""
 
     accuracy: float
     epoch_seconds: tuple[float, ...]
@@ -72,7 +72,7 @@ def train_peer(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * per_epoch + k, steps, warmup, scaled_lr(config, batch))
             logits = classifier(_forward(stages, x, checkpointed))
-            F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).backward()
+            F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             del x, logits
@@ -97,7 +97,7 @@ def _forward(stages: Sequence[nn.Module], x: Tensor, checkpointed: bool) -> Tens
 
 def _accuracy(network: nn.Module, data: ImageData, plain: Preprocess, batch: int, device: torch.device) -> float:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for ids in torch.arange(len(data)).split(batch):
+        for ids in torch.arange(len(data)).split(batch):  # type: ignore[no-untyped-call]
             images, labels = data.batch(ids)
             yield plain(images.to(device), None, stream=0), labels.to(device)
 

@@ -1,6 +1,6 @@
 """Controller: brings the blocks to the device one after another and hands the cache from one to the next.
 
-    images -> block 0 -> cache 1 -> block 1 -> cache 2 -> ...        each block: train, score its exits, write its outputs
+    images -> block 0 -> cache 1 -> block 1 -> cache 2 -> ...       each block: train, score its exits, write outputs
 
 Only the block in training (and, where a tier is "recompute", the frozen stages before it) is on the device.
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Controller).
@@ -68,6 +68,7 @@ class Observer(Protocol):
     def epoch_ended(self, report: EpochReport, accuracy: float, now: int, peak: int) -> None: ...
     def block_ended(self, number: int, scores: Sequence[Score], memory: BlockMemory) -> None: ...
     def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 Inputs = ImageInputs | CacheInputs
@@ -120,6 +121,8 @@ class Controller:
         for number, block in enumerate(self.plan.blocks):
             self.observer.block_started(number, block)
             units = self._units(number, block)
+            for stage in inputs.prefix if isinstance(inputs, ImageInputs) else ():
+                stage.to(self.device).eval()
             counter = self._counter(units)
             self._start_count()
             inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
@@ -164,7 +167,13 @@ class Controller:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _train(
-        self, number: int, block: BlockPlan, units: list[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
+        self,
+        number: int,
+        block: BlockPlan,
+        units: list[Unit],
+        inputs: Inputs,
+        held: Inputs,
+        counter: TensorBytes | None,
     ) -> None:
         started = time.perf_counter()
 
@@ -201,7 +210,13 @@ class Controller:
         self.seconds["train"] += time.perf_counter() - started
 
     def _leave(
-        self, number: int, block: BlockPlan, units: list[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
+        self,
+        number: int,
+        block: BlockPlan,
+        units: list[Unit],
+        inputs: Inputs,
+        held: Inputs,
+        counter: TensorBytes | None,
     ) -> tuple[Inputs | None, Inputs | None, list[Score]]:
         """Scores the block's exits and makes the next block's inputs."""
         last = number + 1 == len(self.plan.blocks)
@@ -212,7 +227,11 @@ class Controller:
             self.seconds["score"] += time.perf_counter() - started
             if last:
                 return None, None, scores
-            return self._recompute(number + 1, inputs, self.data), self._recompute(number + 1, held, self.held_out), scores
+            return (
+                self._recompute(number + 1, inputs, self.data),
+                self._recompute(number + 1, held, self.held_out),
+                scores,
+            )
         after_held, scores = self._store(number + 1, "v", units, held, block.batch, counter, score=True)
         self.seconds["score"] += time.perf_counter() - started
         started = time.perf_counter()
@@ -281,7 +300,7 @@ class Controller:
         """The frozen stages before block `number`, fed with images, in the order that a cache would give."""
         block = self.plan.blocks[number]
         prefix = "v" if data is self.held_out else "x"
-        stages = [s.module.to(self.device).eval() for s in self.cut.stages[: block.first]]
+        stages = [s.module for s in self.cut.stages[: block.first]]
         return ImageInputs(
             data,
             self.plain if data is self.held_out else self.train_images,
@@ -331,7 +350,7 @@ class Controller:
         if peak > self.plan.budget:
             raise BudgetExceededError(
                 f"block {number} used {format_bytes(peak)} ({peak} bytes) of tensors, the budget is "
-                f"{format_bytes(self.plan.budget)}; it is saved in {self.folder.path}; raise memory_margin and report this",
+                f"{format_bytes(self.plan.budget)}; it is saved in {self.folder.path}; raise memory_margin",
                 stage=f"block {number}",
                 need=peak,
                 budget=self.plan.budget,

@@ -15,13 +15,12 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.errors import ConfigError, NoDeviceError
-
 
 T = TypeVar("T")
 
@@ -36,14 +35,16 @@ class Meter(Protocol):
     def reset(self) -> None: ...
 
 
-class TensorBytes(TorchDispatchMode):
+class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages made by operators while active, and those named by `add`, until they are freed.
 
     Storages made outside of operators (numpy arrays, I/O buffers) are host memory and not counted.
     """
 
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+    def __init__(self, resident: Iterable[Tensor] = (), fake: FakeTensorMode | None = None) -> None:
+        """Counts real tensors, or those of one fake mode alone: a meter around a profiler does not see its fakes."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
         self.now = 0
         self.peak = 0
         self._seen: dict[int, int] = {}
@@ -51,8 +52,8 @@ class TensorBytes(TorchDispatchMode):
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if tensor.is_meta and not isinstance(tensor, FakeTensor):
-                continue  # what lies behind fake tensors is counted by the mode that makes the fakes
+            if tensor.device.type == "meta" or getattr(tensor, "fake_mode", None) is not self._fake:
+                continue
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._seen:
@@ -63,7 +64,7 @@ class TensorBytes(TorchDispatchMode):
 
     @staticmethod
     def _key(tensor: Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def _freed(self, key: int) -> None:
         self.now -= self._seen.pop(key)
@@ -110,9 +111,11 @@ def meter(device: torch.device, resident: Iterable[Tensor] = ()) -> Iterator[Met
 
 
 def pick(name: str) -> torch.device:
-    """The torch device of a setting "auto", "cpu" or "cuda". Raises NoDeviceError where CUDA is asked for and missing."""
+    """The torch device of a setting "auto", "cpu" or "cuda"; NoDeviceError where CUDA is asked for and missing."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise NoDeviceError("device is 'cuda', but torch finds no CUDA device; use device='cpu' or see `nf-engine doctor`")
+        raise NoDeviceError(
+            "device is 'cuda', but torch finds no CUDA device; use device='cpu' or see `nf-engine doctor`"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
@@ -139,7 +142,9 @@ def budget_bytes(config: TrainConfig, device: torch.device, total: int | None = 
         return int(budget * available)
     need = parse_bytes(budget, "memory_budget")
     if need > available:
-        raise ConfigError(f"memory_budget is {need} bytes, but {device} has {available} bytes free; lower it, or use 'auto'")
+        raise ConfigError(
+            f"memory_budget is {need} bytes, but {device} has {available} bytes free; lower it, or use 'auto'"
+        )
     return need
 
 

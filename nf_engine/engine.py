@@ -22,7 +22,7 @@ from nf_engine.data import ImageData, Normalisation, Preprocess, as_image_data, 
 from nf_engine.device import budget_bytes, pick
 from nf_engine.errors import ConfigError, DataError
 from nf_engine.exits import EarlyExitModel, Scaled, exits_table, select_exit, throughput
-from nf_engine.models import build
+from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
 from nf_engine.profiler import BATCHES, flops_of, make_head
@@ -98,8 +98,8 @@ def train(
     settings = settle(config, fields)
     observer = make_observer(progress)
     data, held_out = _data(train_data, val_data, settings)
-    network = named_model(model, data.shape, data.classes)
-    network_name = model if isinstance(model, str) else type(network).__name__
+    network = named_model(model, data.shape, data.classes, settings.seed)
+    network_name = name_of(network)
     device = pick(settings.device)
     timings: dict[str, float] = {}
     started = time.perf_counter()
@@ -109,11 +109,14 @@ def train(
     train_images = Preprocess(data.normalisation, settings.augment, settings.seed)
     plain = Preprocess(data.normalisation)
     if plan is None:
-        planner = Planner(cut, settings, train_images, uint8(data), device, len(data), network_name, folder.path)
-        made = planner.plan(budget_bytes(settings, device))
+        budget = budget_bytes(settings, device)
+        planner = Planner(
+            cut, settings, train_images, uint8(data), device, len(data), network_name, folder.path, budget=budget
+        )
+        made = planner.plan(budget)
         folder.write("profile.json", planner.profile.to_json())
     else:
-        made = _given(plan, cut, settings, len(data))
+        made = _given(plan, cut, settings, len(data), device)
     timings["plan"] = time.perf_counter() - started
     folder.write("config.toml", settings.to_toml())
     folder.write("plan.json", made.to_json())
@@ -123,7 +126,10 @@ def train(
     controller = Controller(
         cut, heads, made, settings, data, held_out, train_images, plain, folder, device, observer, keep_cache=keep_cache
     )
-    scores = controller.run()
+    try:
+        scores = controller.run()
+    finally:
+        observer.close()
     timings.update(controller.seconds)
     facts = _facts(network, network_name, cut, made, settings, data.normalisation, uint8(data))
     whole = assemble(cut, heads, made.units, data.normalisation, facts)
@@ -153,7 +159,8 @@ def plan(
         model: as for train.
         sample: a batch or one image as tensor, or its shape (C, H, W).
         config, fields: as for train.
-        device_memory: bytes of the device planned for, where memory_budget is a share or "auto".
+        device_memory: bytes of the device planned for: shares and "auto" are of it, and resting weights lie elsewhere.
+            None: this machine's device; on the CPU all weights share the budget.
         profile: made earlier; nothing is measured then and unit peaks are sums over stages.
         samples: of the training data, for batch sizes and cache bytes.
         classes: of a model given by name.
@@ -163,10 +170,13 @@ def plan(
     """
     settings = settle(config, fields)
     total = parse_bytes(device_memory, "device_memory") if device_memory is not None else None
+    # A named device memory, or device="cuda", is a device with memory of its own; no CUDA device need be there.
+    together = total is None and settings.device != "cuda" and pick(settings.device).type == "cpu"
     budget = budget_bytes(settings, torch.device("cpu"), total)
     if profile is not None:
-        return partition(profile, settings, budget=budget, samples=samples)
+        return partition(profile, settings, budget=budget, samples=samples, together=together)
     planner = _planner(model, sample, settings, None, samples, classes)
+    planner.together = together
     return planner.plan(budget)
 
 
@@ -197,16 +207,26 @@ def profile(
 
 def settle(config: TrainConfig | str | Path | None, fields: dict[str, Any]) -> TrainConfig:
     """The configuration of a call: an object or a TOML file, with single fields replaced."""
-    base = config if isinstance(config, TrainConfig) else TrainConfig.load(config) if config is not None else TrainConfig()
+    base = (
+        config if isinstance(config, TrainConfig) else TrainConfig.load(config) if config is not None else TrainConfig()
+    )
     return base.with_fields(fields)
 
 
-def named_model(model: nn.Module | str, shape: tuple[int, ...], classes: int) -> nn.Module:
+def named_model(model: nn.Module | str, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
+    """The model given, or the one of that name with weights that are a function of the seed."""
     if isinstance(model, str):
-        return build(model, classes=classes, input_size=shape[-1], channels=shape[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build(model, classes=classes, input_size=shape[-1], channels=shape[0])
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be an nn.Module or a name, got {type(model).__name__}")
     return model
+
+
+def name_of(network: nn.Module) -> str:
+    spec = getattr(network, "nf_spec", None)
+    return spec.name if isinstance(spec, ModelSpec) else type(network).__name__
 
 
 def uint8(data: ImageData) -> bool:
@@ -231,11 +251,10 @@ def _planner(
 ) -> Planner:
     shape = _sample_shape(sample)
     network = named_model(model, shape, classes)
-    name = model if isinstance(model, str) else type(network).__name__
     cut = split(network, shape, split_points=settings.split_points)
     identity = Normalisation((0.0,) * shape[0], (1.0,) * shape[0])
     preprocess = Preprocess(identity, settings.augment, settings.seed)
-    return Planner(cut, settings, preprocess, True, device, samples, name, None, batch_sizes)
+    return Planner(cut, settings, preprocess, True, device, samples, name_of(network), None, batch_sizes)
 
 
 def _data(train_data: Any, val_data: Any, settings: TrainConfig) -> tuple[ImageData, ImageData]:
@@ -256,17 +275,28 @@ def _data(train_data: Any, val_data: Any, settings: TrainConfig) -> tuple[ImageD
 
 def _check_classes(cut: Cut, data: ImageData) -> None:
     if cut.classes < data.classes:
-        raise DataError(f"the model has {cut.classes} outputs, the labels go up to {data.classes - 1}; give it more outputs")
+        raise DataError(
+            f"the model has {cut.classes} outputs, the labels go up to {data.classes - 1}; give it more outputs"
+        )
 
 
-def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: int) -> Plan:
+def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: int, device: torch.device) -> Plan:
     made = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if not made.blocks or not all(b.units for b in made.blocks):
+        raise ConfigError("the plan has no blocks, or a block without units; make the plan again")
+    if device.type == "cpu" and made.overhead == 0:
+        raise ConfigError(
+            "the plan was made for a device with memory of its own, on the CPU all weights share the budget; "
+            "make it with device='cpu' and without device_memory"
+        )
     names = tuple(s.name for s in cut.stages)
     if made.stages != names:
         raise ConfigError(f"the plan was made for stages {made.stages}, the model has {names}; make the plan again")
     small = next((b for b in made.blocks if b.batch > samples), None)
     if small is not None:
-        raise ConfigError(f"the plan trains at batch {small.batch}, the data has {samples} samples; make the plan again")
+        raise ConfigError(
+            f"the plan trains at batch {small.batch}, the data has {samples} samples; make the plan again"
+        )
     if any(b.cache.tier == "auto" for b in made.blocks):
         tier = "ram" if settings.cache == "auto" else settings.cache
         blocks = [replace(b, cache=replace(b.cache, tier=tier)) if b.cache.tier == "auto" else b for b in made.blocks]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nf_engine.data import ImageData, Normalisation
+from nf_engine.data import Normalisation, as_image_data
 from nf_engine.errors import ConfigError
 from nf_engine.records import ExitScore
 
@@ -150,15 +150,16 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model: EarlyExitModel, data: ImageData, *, policy: str = "fixed:-1", batch_size: int = 256) -> EvalResult:
+def evaluate(model: EarlyExitModel, data: Any, *, policy: str = "fixed:-1", batch_size: int = 256) -> EvalResult:
     """Accuracy of a model on images that it has not seen.
 
     Args:
         model: moved nowhere; it runs where its weights are.
-        data: images and labels.
+        data: images and labels, in any form that train takes.
         policy: as for EarlyExitModel.predict.
         batch_size: samples at a time.
     """
+    data = as_image_data(data)
     device = next(model.parameters()).device
     model.eval()
     right, loss, seconds = 0, 0.0, 0.0

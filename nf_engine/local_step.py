@@ -1,9 +1,9 @@
 """Local step: one update of one unit from its local loss.
 
-x (N, C, H, W) -> body -> h (N, C', H', W') -> head -> loss. The head turns h into its gradient at once; the body's graph is
-freed by its own backward, and the gradients by the optimiser step that follows, so that the peak of a block is its largest
-unit, not the sum. The Profiler measures this very function, the Worker runs it.
-Source: decoupled greedy learning, https://arxiv.org/abs/1901.08164; NeuroFlux, https://arxiv.org/abs/2402.14139 (Worker).
+x (N, C, H, W) -> body -> h (N, C', H', W') -> head -> loss. The head turns h into its gradient at once; the body's
+graph is freed by its own backward, and the gradients by the optimiser step that follows, so that the peak of a block is
+its largest unit, not the sum. The Profiler measures this very function, the Worker runs it.
+Source: decoupled greedy learning, https://arxiv.org/abs/1901.08164; NeuroFlux, https://arxiv.org/abs/2402.14139.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train_block(units: Sequence[Unit], batches: Iterable[tuple[Tensor, Tensor]],
     steps = 0
     for x, labels in batches:
         for k, unit in enumerate(units):
-            x, loss = local_step(unit, x, labels)  # noqa: PLW2901  rebinding frees the unit's input
+            x, loss = local_step(unit, x, labels)
             losses[k] += loss
         steps += 1
     return steps

@@ -8,19 +8,32 @@ The bytes of a unit of stages i..j at batch b, all from the profile's lines, wei
 
 A block adds the weights and optimizer state of all its units once, and takes its largest unit. `layerwise` joins stages
 whose largest batches are alike; `windows` takes the fewest units that fit at the target batch. Both searches are exact.
-Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Partitioner); the algorithms are ours, the paper's were not available.
+Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Partitioner); the algorithms are ours, the paper's text
+was not available.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 from nf_engine.config import TrainConfig
 from nf_engine.errors import InfeasibleBudgetError
-from nf_engine.records import BlockPlan, Bounds, CachePlan, HeadProfile, Line, Plan, Profile, UnitPlan, format_bytes
+from nf_engine.records import (
+    BlockPlan,
+    Bounds,
+    CachePlan,
+    HeadProfile,
+    Line,
+    Plan,
+    Profile,
+    StageProfile,
+    UnitPlan,
+    format_bytes,
+)
 
 TARGET_BATCH = 128
 FALLBACK_BATCHES = (64, 32)
@@ -54,10 +67,8 @@ class Costs:
         head = head_of(self.profile, last)
         body = self._backward(first, last, batch)
         kept = self._kept(first, last, batch)
-        for chunks, line in zip(head.chunks, head.transient, strict=True):
-            if kept + line.at(batch) <= body:
-                break
-        return chunks, kept + line.at(batch)
+        options = [(n, kept + line.at(batch)) for n, line in zip(head.chunks, head.transient, strict=True)]
+        return next((option for option in options if option[1] <= body), options[-1])
 
     def _kept(self, first: int, last: int, batch: int) -> float:
         stages = self.profile.stages[first : last + 1]
@@ -92,8 +103,8 @@ class Costs:
         """Weights (where they are not in the overhead) and optimizer state of a block of these units."""
         total = 0
         for i, j in units:
-            for part in (*self.profile.stages[i : j + 1], head_of(self.profile, j)):
-                total += part.optimizer + (0 if self.together else part.weights)
+            parts: list[StageProfile | HeadProfile] = [*self.profile.stages[i : j + 1], head_of(self.profile, j)]
+            total += sum(p.optimizer + (0 if self.together else p.weights) for p in parts)
         return total
 
     def input_bytes(self, first: int) -> int:
@@ -157,7 +168,9 @@ def _head_time(profile: Profile, units: Units, batch: int) -> float:
     return sum(timed) if len(timed) == len(heads) else float(sum(h.flops for h in heads))
 
 
-def windows(costs: Costs, allowed: float, config: TrainConfig, samples: int, target: int) -> tuple[list[Units], int] | None:
+def windows(
+    costs: Costs, allowed: float, config: TrainConfig, samples: int, target: int
+) -> tuple[list[Units], int] | None:
     """The fewest units whose blocks fit at the target batch; ties by cache bytes, then time, then peak.
 
     After the target 64 and 32 are tried; then one unit a stage at the largest batch that fits them all.
@@ -223,7 +236,7 @@ def _join_singles(
 def layerwise(
     costs: Costs, allowed: float, config: TrainConfig, smallest: int, largest: int
 ) -> list[tuple[Units, int]] | None:
-    """One unit a stage; a stage joins the block before it while their largest batches differ by less than the threshold.
+    """One unit a stage; a stage joins the block before it while their largest batches differ by less than a threshold.
 
     Returns blocks with their batch sizes; None where a stage does not fit at `smallest`.
     """
@@ -413,7 +426,7 @@ def choose_tier(
 ) -> CachePlan:
     """Where the inputs of block `number` wait.
 
-    Seconds of a tier over the block's epochs: to write (the forward pass of the block before, for each copy) and to read;
+    Seconds of a tier over the block's epochs: to write (a forward pass of the block before for each copy) and to read;
     to recompute, the forward pass of all finished stages in every epoch. What does not fit drops out; the least time
     wins, and within 5 % the earlier of ram, disk, recompute.
 
@@ -431,8 +444,8 @@ def choose_tier(
     if given.tier == "recompute":
         if forward_size == 0:
             raise InfeasibleBudgetError(
-                f"recomputing the inputs of {plan.stages[block.first]} does not fit {format_bytes(plan.allowed)} even one "
-                "image at a time; set cache='disk'",
+                f"recomputing the inputs of {plan.stages[block.first]} does not fit {format_bytes(plan.allowed)} even "
+                "one image at a time; set cache='disk'",
                 stage=plan.stages[block.first],
                 need=plan.allowed + 1,
                 budget=plan.budget,
@@ -444,16 +457,21 @@ def choose_tier(
     batch, passes, epochs = block.batch, given.copies, plan.epochs
     start = 0 if before.cache.tier in ("images", "recompute") else before.first
     writing = _forward_seconds(profile, start, block.first, before.batch)
-    seconds = {t: plan.samples * (passes * (writing + probe.write[t]) + epochs * probe.read[t]) for t in ("ram", "disk")}
+    seconds = {
+        t: plan.samples * (passes * (writing + probe.write[t]) + epochs * probe.read[t]) for t in ("ram", "disk")
+    }
     seconds["recompute"] = plan.samples * epochs * _forward_seconds(profile, 0, block.first, forward_size or batch)
-    dropped = [f"{t} has room for {format_bytes(probe.room[t])}" for t in ("ram", "disk") if probe.room[t] < given.bytes]
+    dropped = [
+        f"{t} has room for {format_bytes(probe.room[t])}" for t in ("ram", "disk") if probe.room[t] < given.bytes
+    ]
     fits = {t: s for t, s in seconds.items() if t == "recompute" or probe.room[t] >= given.bytes}
     if forward_size == 0:
         del fits["recompute"]
         dropped.append("recomputing does not fit the budget")
     if not fits:
         raise InfeasibleBudgetError(
-            f"the cache of {format_bytes(given.bytes)} before {plan.stages[block.first]} fits nowhere: {'; '.join(dropped)}; "
+            f"the cache of {format_bytes(given.bytes)} before {plan.stages[block.first]} fits nowhere: "
+            f"{'; '.join(dropped)}; "
             "free some disk space, raise max_cache_bytes or lower augment_copies",
             stage=plan.stages[block.first],
             need=given.bytes,
@@ -519,13 +537,14 @@ def _infeasible(costs: Costs, budget: int, allowed: float, batch: int) -> Infeas
     needs = [costs.block((unit,), batch, overhead) for unit in singles]
     worst = max(range(count), key=needs.__getitem__)
     one = round(costs.block((singles[worst],), 1, overhead))
-    name, need = costs.profile.stages[worst].name, round(needs[worst] + budget - allowed)
+    name = costs.profile.stages[worst].name
+    need = math.ceil(1.02 * needs[worst] * budget / allowed)  # the margin grows with it; 2 % for what sums leave out
     suggestions = [f"memory_budget={need}"]
     if one <= allowed and batch > 1:
         suggestions.append(f"min_batch_size={max(1, costs.largest_batch((singles[worst],), allowed, overhead, batch))}")
     return InfeasibleBudgetError(
-        f"stage {name} needs {format_bytes(one)} ({one} bytes) at batch 1 and {format_bytes(needs[worst])} at batch {batch}; "
-        f"the budget is {format_bytes(budget)} ({budget} bytes), {format_bytes(allowed)} of it usable; "
+        f"stage {name} needs {format_bytes(one)} ({one} bytes) at batch 1 and {format_bytes(needs[worst])} at batch "
+        f"{batch}; the budget is {format_bytes(budget)} ({budget} bytes), {format_bytes(allowed)} of it usable; "
         f"try {' or '.join(suggestions)}",
         stage=name,
         need=one if one > allowed else round(needs[worst]),

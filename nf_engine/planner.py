@@ -1,7 +1,7 @@
 """Planner: profile and plan of one model, refined until what the plan predicts is what the worker uses.
 
-profile -> partition -> measure the chosen units whole -> partition again ... -> decide the tiers -> run each block on the
-meter. On the CPU and without a device all of it happens on fake tensors, in seconds; on CUDA on the device itself.
+profile -> partition -> measure the chosen units whole -> partition again ... -> decide the tiers -> run each block on
+the meter. On the CPU and without a device all of it happens on fake tensors, in seconds; on CUDA on the device itself.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ class Planner:
         name: str,
         folder: Path | None,
         batch_sizes: Sequence[int] = BATCHES,
+        budget: int | None = None,
     ) -> None:
         self.cut, self.settings, self.preprocess, self.uint8 = cut, settings, preprocess, uint8
         self.device, self.samples, self.folder, self.batch_sizes = device, samples, folder, batch_sizes
         self.together = device is not None and device.type == "cpu"
         self.profile = profile_stages(
-            cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes
+            cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes, budget=budget
         )
-        self._exact: dict[tuple[int, int], Line] = {}
-        self._measured: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
+        self.measured: dict[tuple[int, int], Line] = {}
+        self._upto: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
 
     def plan(self, budget: int) -> Plan:
         """The plan whose blocks, run whole under the meter, stay below the budget minus its margin.
@@ -56,7 +57,9 @@ class Planner:
         """
         where = self.device or torch.device("cpu")
         last = len(self.cut.stages) - 1
-        target = min(TARGET_BATCH if self.settings.batch_size == "auto" else int(self.settings.batch_size), self.samples)
+        target = min(
+            TARGET_BATCH if self.settings.batch_size == "auto" else int(self.settings.batch_size), self.samples
+        )
         whole = UnitPlan(0, last, self.profile.stages[last].head.spec, 1, 0)
         self._measure(whole, target, where)  # backpropagation, for the bounds
         slack = 0
@@ -89,21 +92,21 @@ class Planner:
             budget=budget,
             samples=self.samples,
             together=self.together,
-            exact=self._exact,
+            exact=self.measured,
             slack=slack,
         )
 
     def _is_measured(self, unit: UnitPlan, batch: int) -> bool:
-        high = self._measured.get((unit.first, unit.last), 0)
+        high = self._upto.get((unit.first, unit.last), 0)
         return high // 2 <= batch <= high
 
     def _measure(self, unit: UnitPlan, batch: int, device: torch.device) -> None:
-        self._exact[unit.first, unit.last] = profile_unit(self.cut, unit, self.settings, batch, device)
-        self._measured[unit.first, unit.last] = batch
+        self.measured[unit.first, unit.last] = profile_unit(self.cut, unit, self.settings, batch, device)
+        self._upto[unit.first, unit.last] = batch
 
     def _with_tiers(self, made: Plan) -> Plan:
         """The plan with the tier of every cache decided: measured for "auto" where there is a device."""
-        costs = Costs(self.profile, self.together, self._exact, self.settings.cache_dtype == "fp16")
+        costs = Costs(self.profile, self.together, self.measured, self.settings.cache_dtype == "fp16")
         blocks = list(made.blocks)
         for k, block in enumerate(blocks[1:], 1):
             size = forward_batch(costs, made, block)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nf_engine.config import TrainConfig
 from nf_engine.data import Preprocess
 from nf_engine.device import Meter, TensorBytes, meter, tensor_bytes
-from nf_engine.heads import adaptive_width, build_head, head_flops
+from nf_engine.heads import Shape, adaptive_width, build_head, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.partitioner import TierProbe
 from nf_engine.records import BlockPlan, HeadProfile, HeadSpec, Line, Profile, StageProfile, UnitPlan
@@ -35,11 +36,10 @@ from nf_engine.stages import Cut
 from nf_engine.storage import ActivationCache, CacheGeometry
 from nf_engine.worker import Batch, forward_block, forward_prefix
 
-BATCHES = (8, 32, 128, 512)
+BATCHES = (8, 64, 512)
 PROBE_BYTES = 16 * 2**20  # of a tier's probe
 CHUNKS = (1, 2, 4, 8, 16, 32)
 REPEATS = 3
-Shape = tuple[int, ...]
 
 
 def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
@@ -54,7 +54,7 @@ def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
 
 
 def fit_bytes(batches: Sequence[int], values: Sequence[float]) -> Line:
-    """A fit of bytes; where it is off by more than 5 %, the upper envelope takes its place, so that no peak is missed."""
+    """A fit of bytes; where it is off by more than 5 %, the upper envelope takes its place: no peak is missed."""
     line = fit(batches, values)
     if line.residual <= 0.05:
         return line
@@ -75,7 +75,7 @@ def _copies(modules: Sequence[nn.Module], device: torch.device) -> Iterator[tupl
     with FakeCopyMode(fake):
         copies = [copy.deepcopy(m) for m in modules]
     tensors = [t for m in copies for t in (*m.parameters(), *m.buffers())]
-    with fake, TensorBytes(tensors) as counter:
+    with fake, TensorBytes(tensors, fake) as counter:
         yield copies, counter
 
 
@@ -84,7 +84,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _saved(module: nn.Module, x: Tensor) -> tuple[int, bool, bool]:
@@ -147,7 +147,7 @@ def _head_peak(head: nn.Module, h: Tensor, labels: Tensor, counter: Meter) -> fl
     return peak
 
 
-def flops_of(module: nn.Module, shape: Shape) -> int:
+def flops_of(module: nn.Module, shape: tuple[int, ...]) -> int:
     """Floating point operations of one sample's forward, a multiply-add counted as two."""
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
@@ -155,6 +155,11 @@ def flops_of(module: nn.Module, shape: Shape) -> int:
     with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
         module(torch.empty(1, *shape))
     return int(counter.get_total_flops())
+
+
+def _chw(shape: tuple[int, ...]) -> Shape:
+    channels, height, width = shape
+    return channels, height, width
 
 
 def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[HeadSpec]:
@@ -167,7 +172,9 @@ def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[Head
         width = depth = 0
         if config.head in ("conv1x1", "conv3x3"):
             kernel = 1 if config.head == "conv1x1" else 3
-            width = config.head_width or adaptive_width(stage.output_shape, cut.classes, cost, prefix, kernel=kernel, pool=pool)
+            width = config.head_width or adaptive_width(
+                _chw(stage.output_shape), cut.classes, cost, prefix, kernel=kernel, pool=pool
+            )
         if config.head == "deep":
             pool, depth = 1, config.head_depth
         specs.append(HeadSpec(config.head, pool, width, depth))
@@ -179,7 +186,7 @@ def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, chunks:
     classifier = cut.classifier if spec.kind == "classifier" else None
     return build_head(
         spec,
-        cut.stages[stage].output_shape,
+        _chw(cut.stages[stage].output_shape),
         cut.classes,
         smoothing=config.label_smoothing,
         chunks=chunks,
@@ -215,7 +222,9 @@ def _profile_head(
         gradients=tensor_bytes(trained),
         optimizer=optimizer,
         parameters=sum(p.numel() for p in head.parameters()),
-        flops=flops_of(cut.classifier, shape) if spec.kind == "classifier" else head_flops(spec, shape, cut.classes),
+        flops=flops_of(cut.classifier, shape)
+        if spec.kind == "classifier"
+        else head_flops(spec, _chw(shape), cut.classes),
         chunks=options,
         transient=tuple(lines),
         seconds=None,
@@ -227,12 +236,8 @@ def _optimizer_state(module: nn.Module, config: TrainConfig) -> int:
     if not trained:
         return 0
     optimizer = make_optimizer(trained, config)
-    for p in trained:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    total = state_bytes(optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return total
+    _first_update(optimizer)
+    return state_bytes(optimizer)
 
 
 def _profile_stage(
@@ -265,7 +270,10 @@ def _profile_stage(
             p["loose"] = 0 if p["saves_output"] else p["output"]
             del x
         optimizer = _optimizer_state(copies[0], config)
-    line: Callable[[str], Line] = lambda key: fit_bytes(batches, [p[key] for p in points])  # noqa: E731
+
+    def line(key: str) -> Line:
+        return fit_bytes(batches, [p[key] for p in points])
+
     module = stage.module
     trained = [p for p in module.parameters() if p.requires_grad]
     record = StageProfile(
@@ -315,6 +323,7 @@ def profile_stages(
     uint8: bool,
     device: torch.device | None,
     batch_sizes: Sequence[int] = BATCHES,
+    budget: int | None = None,
 ) -> Profile:
     """Measures every stage of a cut model.
 
@@ -326,6 +335,7 @@ def profile_stages(
         uint8: images reach the device as uint8, else as float32.
         device: where to measure seconds, and on CUDA bytes; None: bytes only, on fake tensors.
         batch_sizes: three or more.
+        budget: bytes that measuring the seconds must stay below; None: no bound.
 
     Returns:
         Profile: bytes as lines of the batch size, FLOPs, and seconds where a device was given.
@@ -342,7 +352,9 @@ def profile_stages(
         stage, keeps = _profile_stage(cut, k, config, batch_sizes, where, keeps, head, flops[k])
         stages.append(stage)
     if device is not None:
-        stages = [_with_seconds(cut, k, s, config, device) for k, s in enumerate(stages)]
+        resting = sum(s.weights + s.head.weights for s in stages)
+        room = None if budget is None else budget - resting
+        stages = [_with_seconds(cut, k, s, config, device, room) for k, s in enumerate(stages)]
     return Profile(
         model=name,
         device=device.type if device is not None else "none",
@@ -358,9 +370,21 @@ def profile_stages(
     )
 
 
-def _with_seconds(cut: Cut, number: int, stage: StageProfile, config: TrainConfig, device: torch.device) -> StageProfile:
+def _timed_sizes(stage: StageProfile, room: int | None) -> tuple[int, int, int]:
+    """8, 16 and 32 samples, or less where a copy of the stage and its step would need more than `room` bytes."""
+    copies = 2 * (stage.weights + stage.gradients + stage.head.weights + stage.head.gradients)
+    for top in (32, 16, 8):
+        step = stage.input.at(top) + stage.kept.at(top) + stage.transient.at(top) + 3 * stage.output * top
+        if room is None or copies + step <= room:
+            break
+    return top // 4, top // 2, top
+
+
+def _with_seconds(
+    cut: Cut, number: int, stage: StageProfile, config: TrainConfig, device: torch.device, room: int | None
+) -> StageProfile:
     """The record with measured seconds of training step, eval forward and head, at three batch sizes."""
-    sizes = (8, 16, 32)
+    sizes = _timed_sizes(stage, room)
     shape = cut.stages[number - 1].output_shape if number else cut.input_shape
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         body = copy.deepcopy(cut.stages[number].module).to(device)
@@ -374,11 +398,11 @@ def _with_seconds(cut: Cut, number: int, stage: StageProfile, config: TrainConfi
                 h = body.train()(x)
             dh = torch.rand_like(h)
             head.train()
-            times["train"].append(_seconds(lambda x=x, dh=dh: _forward_backward(body, x, dh), device))
-            times["head"].append(_seconds(lambda h=h, y=labels: head.step(h, y, None), device))  # type: ignore[operator]
+            times["train"].append(_seconds(partial(_forward_backward, body, x, dh), device))
+            times["head"].append(_seconds(partial(_head_step, head, h, labels), device))
             body.eval()
             with torch.no_grad():
-                times["forward"].append(_seconds(lambda x=x: body(x), device))
+                times["forward"].append(_seconds(partial(body, x), device))
     lines = {k: fit(sizes, v) for k, v in times.items()}
     return replace(
         stage,
@@ -386,6 +410,10 @@ def _with_seconds(cut: Cut, number: int, stage: StageProfile, config: TrainConfi
         forward_seconds=lines["forward"],
         head=replace(stage.head, seconds=lines["head"]),
     )
+
+
+def _head_step(head: nn.Module, h: Tensor, labels: Tensor) -> None:
+    head.step(h, labels, None)  # type: ignore[operator]
 
 
 def _forward_backward(body: nn.Module, x: Tensor, dh: Tensor) -> None:
@@ -415,7 +443,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def probe_tiers(shape: Shape, cache_dtype: str, batch: int, folder: Path, max_bytes: int | None) -> TierProbe:
+def probe_tiers(shape: tuple[int, ...], cache_dtype: str, batch: int, folder: Path, max_bytes: int | None) -> TierProbe:
     """Writes and reads back some hundred samples on each storage tier, and asks how much each may hold.
 
     Args:
@@ -466,9 +494,10 @@ def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, devi
     with _copies([*modules, head], device) as (copies, counter):
         work = Unit("unit", copies[:-1], copies[-1])
         work.optimizer = make_optimizer(work.parameters(), config)
+        _first_update(work.optimizer)
         work.body.train()
         work.head.train()
-        for size in (sizes[0], *sizes):  # the first step makes the optimizer's state
+        for size in sizes:
             base = counter.now
             counter.reset()
             x = torch.ones(size, *shape, device=where)
@@ -477,8 +506,17 @@ def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, devi
             del x, h, loss
     if len(sizes) == 1:
         return Line(0.0, peaks[-1])
-    slope = (peaks[2] - peaks[1]) / (sizes[1] - sizes[0])
-    return Line(peaks[2] - slope * batch, slope)
+    slope = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    return Line(peaks[1] - slope * batch, slope)
+
+
+def _first_update(optimizer: torch.optim.Optimizer) -> None:
+    """An update that makes the optimizer's state; on copies only."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def block_peak(
@@ -492,7 +530,7 @@ def block_peak(
     overhead: int,
     together: bool,
 ) -> int:
-    """Peak bytes of a block as the worker runs it: two training steps, then an eval pass that scores and writes.
+    """Peak bytes of a block as the worker runs it: two training steps, then an eval step that scores and writes.
 
     Args:
         overhead: bytes of weights beside the block; those that the block itself uses are not counted twice.
@@ -532,17 +570,24 @@ def block_peak(
             size = block.cache.forward_batch
             return forward_prefix(prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, half)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
             cached = bool(first) and not prefix
             buffer = torch.ones(block.batch, *shape, device=where) if cached else None
             as_stored = torch.ones(block.batch, *shape, dtype=torch.float16) if cached and half and together else None
-            for _ in range(2):
-                yield (inputs() if buffer is None else buffer), torch.zeros(block.batch, dtype=torch.int64, device=where)
+            for _ in range(count):
+                yield (
+                    (inputs() if buffer is None else buffer),
+                    torch.zeros(block.batch, dtype=torch.int64, device=where),
+                )
             del as_stored
 
-        train_block(units, batches(), torch.zeros(len(units), device=where))
+        train_block(units, batches(2), torch.zeros(len(units), device=where))
         stored = torch.float16 if half else torch.float32
         host = torch.arange(block.batch)
-        evaluated = (Batch(x, y, host, host) for x, y in batches())
-        forward_block(units, evaluated, score=True, write=lambda h, _: h.to(stored).isfinite().all(), device=where)
+        evaluated = (Batch(x, y, host, host) for x, y in batches(1))
+
+        def write(h: Tensor, _: Batch) -> None:
+            h.to(stored)
+
+        forward_block(units, evaluated, score=True, write=write, device=where)
         return int(counter.peak - base + max(overhead, weights))

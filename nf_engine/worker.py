@@ -1,7 +1,7 @@
 """Worker: trains one block, scores its exits, hands out its outputs. Knows batches, not files.
 
-Images or cached activations (N, C, H, W) come from an `Inputs`; each pass over it is a function of (seed, block, pass), so
-the same plan gives the same batches wherever the inputs wait. Outputs leave in eval mode, in a fresh random order.
+Images or cached activations (N, C, H, W) come from an `Inputs`; each pass over it is a function of (seed, block, pass),
+so the same plan gives the same batches wherever the inputs wait. Outputs leave in eval mode, in a fresh random order.
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Worker).
 """
 
@@ -29,7 +29,6 @@ from nf_engine.local_step import Unit, train_block
 from nf_engine.records import BlockPlan
 from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
 
-
 WINDOW = 64 * 2**20  # bytes of a cache that are mixed with each other while it is read
 
 
@@ -51,15 +50,15 @@ class Batch(NamedTuple):
 class Inputs(Protocol):
     """Where the inputs of a block come from."""
 
-    samples: int  # of one copy
-    copies: int
+    @property
+    def samples(self) -> int: ...  # of one copy
 
     def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """samples // batch full batches of an epoch, in a random order."""
         ...
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
-        """Every sample of every copy once, in the order of `key`, or as stored for None; the last batch may be short."""
+        """Every sample of every copy once, in the order of `key`, or in a fixed one for None; the last may be short."""
         ...
 
 
@@ -109,7 +108,7 @@ class ImageInputs:
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
         ids = self.order_ids() if key is None else self.order_ids()[self.positions(key)]
         for copy in range(self.copies):
-            for part in torch.from_numpy(ids).split(batch):
+            for part in torch.from_numpy(ids).split(batch):  # type: ignore[no-untyped-call]
                 x, labels = self._load(part, WRITE_STREAM + copy)
                 yield Batch(x, labels, part, torch.full_like(part, copy))
 
@@ -299,7 +298,9 @@ class Sums(NamedTuple):
     seen: int
 
     def scores(self) -> list[Score]:
-        return [Score(r / self.seen, t / self.seen) for r, t in zip(self.right.tolist(), self.loss.tolist(), strict=True)]
+        return [
+            Score(r / self.seen, t / self.seen) for r, t in zip(self.right.tolist(), self.loss.tolist(), strict=True)
+        ]
 
 
 def forward_block(

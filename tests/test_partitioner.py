@@ -139,17 +139,23 @@ def test_windows_equals_brute_force(seed):
     assert plan.peak == round(min(feasible)[3])
 
 
+def min_need(profile):
+    """Bytes of the largest stage at min_batch_size, a block of its own."""
+    return max(block_bytes_by_hand(profile, [(k, k)], 8) for k in range(len(profile.stages)))
+
+
 @pytest.mark.parametrize("strategy", ["windows", "layerwise"])
 @pytest.mark.parametrize("seed", range(100))
 def test_every_stage_once_in_order_and_every_block_within_the_budget(seed, strategy):
     profile = random_profile(1000 + seed, 7)
     whole = block_bytes_by_hand(profile, [(0, 6)], 128)
     budget = int(whole * random.Random(seed).uniform(0.1, 1.2))
-    try:
-        plan = partition(profile, TrainConfig(partition=strategy), budget=budget, samples=SAMPLES)
-    except InfeasibleBudgetError as error:
-        assert error.need > 0.95 * budget
+    config = TrainConfig(partition=strategy)
+    if min_need(profile) > 0.95 * budget:
+        with pytest.raises(InfeasibleBudgetError):
+            partition(profile, config, budget=budget, samples=SAMPLES)
         return
+    plan = partition(profile, config, budget=budget, samples=SAMPLES)
     assert [s for u in plan.units for s in range(u.first, u.last + 1)] == list(range(7))
     for block, units in zip(plan.blocks, shape_of(plan), strict=True):
         assert block_bytes_by_hand(profile, units, block.batch) == pytest.approx(block.peak, abs=1)
@@ -229,7 +235,7 @@ def test_the_error_names_stage_need_budget_and_what_to_try():
     assert error.budget == 1_000_000
     assert "stage large needs 117.2 KiB (120000 bytes) at batch 1 and 937.5 KiB at batch 8" in str(error)
     assert "the budget is 976.6 KiB (1000000 bytes)" in str(error)
-    assert error.suggestions == ("memory_budget=1010000", "min_batch_size=7")
+    assert error.suggestions == ("memory_budget=1030737", "min_batch_size=7"), "8 * 120000 * 1.02 / 0.95"
     partition(profile, TrainConfig(min_batch_size=7), budget=1_000_000, samples=SAMPLES)
     with pytest.raises(InfeasibleBudgetError) as hopeless:
         partition(profile, TrainConfig(), budget=100_000, samples=SAMPLES)

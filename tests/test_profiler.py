@@ -141,7 +141,7 @@ def test_the_meter_agrees_with_torchs_memory_tracker():
         import copy
 
         ours, theirs = copy.deepcopy(network), copy.deepcopy(network)
-    with fake, TensorBytes([*ours.parameters(), *ours.buffers()]) as counter:
+    with fake, TensorBytes([*ours.parameters(), *ours.buffers()], fake) as counter:
         step(ours, torch.ones(64, 3, 32, 32))
     with fake:
         tracker = MemTracker()
@@ -167,6 +167,12 @@ def test_the_meter_counts_real_tensors_once_and_forgets_freed_ones():
         counter.reset()
         assert counter.peak == 0
         del view
+
+
+def test_a_meter_around_fake_work_does_not_count_it():
+    with TensorBytes() as counter:
+        profile_of(build("vgg11", width=0.125))
+    assert counter.peak < 2**20
 
 
 def test_seconds_are_measured_on_a_device_only():

@@ -82,7 +82,7 @@ def test_one_unit_over_all_stages_is_plain_backpropagation_bit_for_bit(optimizer
         trained.zero_grad()
         assert torch.equal(loss, expected.detach())
         assert not h.requires_grad
-    ours = [p for p in unit.parameters()]
+    ours = unit.parameters()
     assert len(ours) == len(list(plain.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(ours, plain.parameters(), strict=True))
 
@@ -142,7 +142,7 @@ def test_an_epoch_gives_each_sample_once_in_an_order_of_seed_block_and_epoch():
         inputs = ImageInputs(data, mark, CPU, seed)
         for epoch in (0, 1, 0):
             list(inputs.train(epoch, 32))
-    orders = [sum((ids for _, ids in marks[k : k + 3]), []) for k in range(0, len(marks), 3)]
+    orders = [[i for _, ids in marks[k : k + 3] for i in ids] for k in range(0, len(marks), 3)]
     assert all(sorted(o) == list(range(96)) for o in orders)
     assert orders[0] == orders[2], "the same epoch, the same order"
     assert orders[0] != orders[1]

@@ -1,0 +1,188 @@
+"""Micro benches: a head's step, CRC32C, the activation cache, a recomputed prefix, and the preprocessing of a batch.
+
+    python -m pytest bench/test_micro.py --benchmark-json=build/bench/micro.json
+
+Each case checks its result before it is timed: a fast wrong answer is no result. The two candidates of a head are one
+group, and so are the two of CRC32C. Shapes: x (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nf_engine import _cache, ops
+from nf_engine.data import Normalisation, Preprocess
+from nf_engine.models import build
+from nf_engine.records import HeadSpec
+from nf_engine.stages import split
+from nf_engine.storage import ActivationCache, CacheGeometry
+from nf_engine.worker import forward_prefix
+
+SHAPES = [(128, 64, 32, 32), (128, 128, 8, 8)]
+CLASSES, FILTERS, POOL = 10, 32, 4
+SMOOTHING = 0.1
+CACHE = CacheGeometry(sample_shape=(64, 16, 16), dtype="fp16", samples=2048)  # 32 KiB a sample, 64 MiB
+BATCH = 128
+
+
+def measure(benchmark, call, **options):
+    return benchmark.pedantic(call, rounds=3, warmup_rounds=1, **options)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+def head_case(kind, shape):
+    """Inputs of a head's step: x, parameters, labels, the scale 1 / N, and the spec."""
+    torch.manual_seed(0)
+    channels, kernel = shape[1], ops.KERNELS[kind]
+    filters = FILTERS if kernel else channels
+    wc = 0.05 * torch.randn(filters, channels, kernel, kernel) if kernel else None
+    bc = 0.1 * torch.randn(filters) if kernel else None
+    params = ops.HeadParams(wc, bc, 0.05 * torch.randn(CLASSES, filters * POOL**2), torch.zeros(CLASSES))
+    labels = torch.randint(CLASSES, shape[:1])
+    return torch.randn(shape), params, labels, torch.tensor(1 / shape[0]), HeadSpec(kind, POOL, FILTERS * bool(kernel))
+
+
+def autograd_step(x, params, labels):
+    """The same step by autograd: mean loss, then the gradients of x and of each parameter."""
+    x = x.detach().requires_grad_()
+    wc, bc, wl, bl = (p if p is None else p.detach().requires_grad_() for p in params)
+    h = x if wc is None else F.conv2d(x, wc, bc, padding=wc.shape[2] // 2).relu()
+    logits = F.linear(F.adaptive_avg_pool2d(h, POOL).flatten(1), wl, bl)
+    loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+    return loss, torch.autograd.grad(loss, [x, *(p for p in (wc, bc, wl, bl) if p is not None)])
+
+
+@pytest.mark.parametrize("candidate", ["step", "autograd"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3"])
+def test_head(benchmark, kind, shape, candidate):
+    x, params, labels, scale, spec = head_case(kind, shape)
+    step = partial(ops.head_step, x, params, labels, scale, spec=spec, smoothing=SMOOTHING)
+    plain = partial(autograd_step, x, params, labels)
+
+    found, (loss, gradients) = step(), plain()
+    torch.testing.assert_close(found.loss_rows.mean(), loss.detach())
+    for ours, theirs in zip((found.dx, *(g for g in found.grads if g is not None)), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+    benchmark.group = f"head {kind} {'x'.join(map(str, shape))}"
+    measure(benchmark, step if candidate == "step" else plain)
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["hardware", "portable"])
+def test_crc32c(benchmark, portable):
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
+    assert _cache.crc32c(b"123456789", portable=portable) == 0xE3069283  # the check value of its definition
+
+    benchmark.group = "CRC32C of 1 MiB"
+    benchmark.extra_info["hardware"] = _cache.build_info()["crc32c"]
+    crc = measure(benchmark, partial(_cache.crc32c, data, portable=portable), iterations=5)
+    assert crc == _cache.crc32c(data)
+
+
+def samples():
+    torch.manual_seed(0)
+    x = torch.randn(CACHE.samples, *CACHE.sample_shape).half()
+    return x, torch.arange(CACHE.samples)
+
+
+def filled(folder, tier, x, ids):
+    """A finished cache of these samples, each labelled with its number modulo 10; it replaces one of an earlier round."""
+    (folder / "micro.nfc").unlink(missing_ok=True)
+    cache = ActivationCache.create(folder, "micro.nfc", CACHE, tier=tier)
+    for part in ids.split(BATCH):
+        cache.append(x[part], part % 10, part)
+    cache.finish()
+    return cache
+
+
+def read(cache):
+    """Reads all in shuffled order; the last batch."""
+    for batch in cache.batches(0, BATCH, key=1):
+        last = batch
+    return last
+
+
+def check_contents(cache, x):
+    seen = torch.zeros(len(x), dtype=torch.int64)
+    for batch in cache.batches(0, BATCH, key=2, out_dtype=torch.float16):
+        assert torch.equal(batch.x, x[batch.ids])
+        assert torch.equal(batch.labels, batch.ids % 10)
+        seen[batch.ids] += 1
+    assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+def test_cache_write(benchmark, tmp_path, tier):
+    x, ids = samples()
+    with filled(tmp_path, tier, x, ids) as cache:
+        check_contents(cache, x)
+
+    benchmark.group = "cache of 64 MiB"
+    measure(benchmark, lambda: filled(tmp_path, tier, x, ids).close())
+
+
+@pytest.mark.parametrize("tier", ["disk", "ram"])
+def test_cache_shuffled_read(benchmark, tmp_path, tier):
+    x, ids = samples()
+    with filled(tmp_path, tier, x, ids) as cache:
+        check_contents(cache, x)
+
+        benchmark.group = "cache of 64 MiB"
+        benchmark.extra_info["past the page cache"] = cache.stats().direct
+        measure(benchmark, partial(read, cache))
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_recompute_of_the_first_stages(benchmark, count):
+    torch.manual_seed(0)
+    cut = split(build("vgg16", width=0.25), (3, 32, 32))
+    prefix = [stage.module.eval() for stage in cut.stages[:count]]
+    x = torch.randn(BATCH, 3, 32, 32)
+    call = partial(forward_prefix, prefix, lambda _: x, BATCH, BATCH, True)
+
+    exact = x.double()
+    with torch.no_grad():
+        for stage in copy.deepcopy(prefix):
+            exact = stage.double()(exact)
+    torch.testing.assert_close(call().double(), exact, rtol=2e-3, atol=1e-3)  # the result is rounded to float16
+
+    benchmark.group = "recompute, vgg16 width 1/4, batch 128"
+    measure(benchmark, call)
+
+
+def test_preprocess_crop_flip(benchmark):
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, 3, 32, 32), dtype=np.uint8))
+    mean, std = (110.0, 120.0, 130.0), (50.0, 60.0, 70.0)
+    preprocess = Preprocess(Normalisation(mean, std), "crop-flip", seed=1)
+    call = partial(preprocess, x, torch.arange(BATCH), stream=3)
+
+    plain = (x.float() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for image, augmented in zip(plain[:8], call()[:8], strict=True):
+        assert any(torch.allclose(augmented, view) for view in views(image))
+
+    benchmark.group = "preprocess, batch 128"
+    measure(benchmark, call)
+
+
+def views(image):
+    """All 9 x 9 shifts of an image (3, 32, 32) and of its mirror image, zeros beyond the border."""
+    for version in (image, image.flip(2)):
+        padded = F.pad(version, (4, 4, 4, 4))
+        for row in range(9):
+            for column in range(9):
+                yield padded[:, row : row + 32, column : column + 32]
