@@ -1,10 +1,10 @@
 """Accuracy at equal epochs under a budget: backpropagation, windows and layerwise, inputs recomputed and cached.
 
-    python -m bench.bench_accuracy --data idx:/usr/share/datasets/fashion-mnist --json bench/results/accuracy_fashion.json
+    python -m bench.bench_accuracy --data idx:DIR --json bench/results/accuracy_fashion.json
 
-vgg11 at width 1/4, 10,000 training images, 8 epochs (for each block), crop-flip augmentation, three seeds. The budget is
-60 % of backpropagation's live peak at batch 128. Every arm sees the same images the same number of times; the accuracy is
-the whole network's on the 10,000 test images, and the best exit's beside it.
+vgg11 at width 1/4, 10,000 training images, 8 epochs (for each block), crop-flip augmentation, three seeds. The budget
+is 60 % of backpropagation's live peak at batch 128. Every arm sees the same images the same number of times; the
+accuracy is the whole network's on the 10,000 test images, and the best exit's beside it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"budget {budget} bytes, {SHARE:.0%} of backpropagation's live peak at batch 128")
     print(
-        f"{'arm':<22}{'seed':>5}{'accuracy':>10}{'best exit':>11}{'seconds':>9}{'peak/budget':>12}  units/blocks, batches"
+        f"{'arm':<22}{'seed':>5}{'accuracy':>10}{'best exit':>11}{'seconds':>9}{'peak/budget':>12}"
+        "  units/blocks, batches"
     )
     for seed in (int(s) for s in args.seeds.split(",")):
         for arm in args.arms.split(","):

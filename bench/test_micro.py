@@ -32,7 +32,7 @@ BATCH = 128
 
 
 def measure(benchmark, call, **options):
-    return benchmark.pedantic(call, rounds=3, warmup_rounds=1, **options)
+    return benchmark.pedantic(call, rounds=5, warmup_rounds=1, **options)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def samples():
 
 
 def filled(folder, tier, x, ids):
-    """A finished cache of these samples, each labelled with its number modulo 10; it replaces one of an earlier round."""
+    """A finished cache of these samples, labelled with their numbers modulo 10, in place of an earlier round's."""
     (folder / "micro.nfc").unlink(missing_ok=True)
     cache = ActivationCache.create(folder, "micro.nfc", CACHE, tier=tier)
     for part in ids.split(BATCH):

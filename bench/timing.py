@@ -86,8 +86,14 @@ def finish(args: argparse.Namespace, rows: list[dict[str, Any]], checks: dict[st
     """Prints the checks and, as the last line, the whole document; writes it where asked."""
     for name, entry in checks.items():
         print(f"check: {name}: {entry['value']} (target {entry['target']}): {entry['ok']}")
-    document = {"machine": machine(), "versions": versions(), "commit": commit(), "arguments": vars(args) | {"json": None},
-                "rows": rows, "checks": checks}  # fmt: skip
+    document = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "arguments": vars(args) | {"json": None},
+        "rows": rows,
+        "checks": checks,
+    }
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -267,7 +267,7 @@ def _data(train_data: Any, val_data: Any, settings: TrainConfig) -> tuple[ImageD
     kept, held = stratified_split(data.labels, settings.val_fraction, settings.seed)
     if len(held) == 0 or len(kept) == 0:
         raise DataError(
-            f"val_fraction {settings.val_fraction} of {len(data)} samples leaves {len(kept)} to train on and {len(held)} "
+            f"val_fraction {settings.val_fraction} of {len(data)} samples leaves {len(kept)} to train on, {len(held)} "
             "to choose the exit on; give more data, another val_fraction, or val_data"
         )
     return data.subset(kept), data.subset(held)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -27,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nf_engine.config import TrainConfig
 from nf_engine.data import Preprocess
-from nf_engine.device import Meter, TensorBytes, meter, tensor_bytes
-from nf_engine.heads import Shape, adaptive_width, build_head, head_flops
+from nf_engine.device import Meter, TensorBytes, free_bytes, meter, tensor_bytes
+from nf_engine.errors import BudgetError
+from nf_engine.heads import CHUNKS, Shape, adaptive_width, build_head, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
+from nf_engine.ops import KERNELS
 from nf_engine.partitioner import TierProbe
 from nf_engine.records import BlockPlan, HeadProfile, HeadSpec, Line, Profile, StageProfile, UnitPlan
 from nf_engine.stages import Cut
@@ -38,8 +41,8 @@ from nf_engine.worker import Batch, forward_block, forward_prefix
 
 BATCHES = (8, 64, 512)
 PROBE_BYTES = 16 * 2**20  # of a tier's probe
-CHUNKS = (1, 2, 4, 8, 16, 32)
 REPEATS = 3
+T = TypeVar("T")
 
 
 def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
@@ -195,26 +198,50 @@ def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, chunks:
     )
 
 
+def _while_memory_lasts(
+    measure: Callable[[int], T], batches: Sequence[int], name: str, device: torch.device
+) -> list[T]:
+    """measure(batch) for each batch, up to the first that runs out of memory; two points make a line.
+
+    Raises:
+        BudgetError: not even two batch sizes fit the device.
+    """
+    points: list[T] = []
+    for batch in batches:
+        try:
+            points.append(measure(batch))
+        except torch.OutOfMemoryError:
+            if len(points) >= 2:
+                break
+            free = free_bytes(device)
+            raise BudgetError(
+                f"stage {name} ran out of memory while it was profiled at batch {batch}, {free} bytes are free on {device}; "
+                "free some, or profile with smaller batch_sizes",
+                stage=name,
+                need=free + 1,
+                budget=free,
+            ) from None
+    return points
+
+
 def _profile_head(
     cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, batches: Sequence[int], device: torch.device
 ) -> HeadProfile:
     head = make_head(cut, spec, stage, config)
-    shape = cut.stages[stage].output_shape
-    options = CHUNKS if spec.kind.startswith("conv") else (1,)
-    lines = []
+    shape = _chw(cut.stages[stage].output_shape)
+    where = device if device.type == "cuda" else torch.device("cpu")
+    options = CHUNKS if KERNELS.get(spec.kind) else (1,)
     with _copies([head], device) as (copies, counter):
-        fake = copies[0]
-        where = device if device.type == "cuda" else torch.device("cpu")
-        for chunks in options:
-            if len(options) > 1:
-                fake.chunks = chunks  # type: ignore[assignment]
-            peaks = []
-            for batch in batches:
+        optimizer = _optimizer_state(copies[0], config)
+        if spec.kind in KERNELS:  # closed forms, which a test holds to the meter; units are measured whole later
+            peaks = [[float(head_bytes(spec, shape, cut.classes, b, n)) for b in batches] for n in options]
+        else:
+
+            def peak(batch: int) -> float:
                 h = torch.ones(batch, *shape, device=where)
-                peaks.append(_head_peak(fake, h, torch.zeros(batch, dtype=torch.int64, device=where), counter))
-                del h
-            lines.append(fit_bytes(batches, peaks))
-        optimizer = _optimizer_state(fake, config)
+                return _head_peak(copies[0], h, torch.zeros(batch, dtype=torch.int64, device=where), counter)
+
+            peaks = [_while_memory_lasts(peak, batches, cut.stages[stage].name, device)]
     trained = [p for p in head.parameters() if p.requires_grad]
     return HeadProfile(
         spec=spec,
@@ -222,11 +249,9 @@ def _profile_head(
         gradients=tensor_bytes(trained),
         optimizer=optimizer,
         parameters=sum(p.numel() for p in head.parameters()),
-        flops=flops_of(cut.classifier, shape)
-        if spec.kind == "classifier"
-        else head_flops(spec, _chw(shape), cut.classes),
+        flops=flops_of(cut.classifier, shape) if spec.kind == "classifier" else head_flops(spec, shape, cut.classes),
         chunks=options,
-        transient=tuple(lines),
+        transient=tuple(fit_bytes(batches[: len(p)], p) for p in peaks),
         seconds=None,
     )
 
@@ -254,25 +279,26 @@ def _profile_stage(
     stage = cut.stages[number]
     shape = cut.stages[number - 1].output_shape if number else cut.input_shape
     where = device if device.type == "cuda" else torch.device("cpu")
-    points = []
     with _copies([stage.module], device) as (copies, counter):
-        for batch in batches:
+
+        def point(batch: int) -> dict[str, float]:
             x = torch.ones(batch, *shape, device=where, requires_grad=number > 0)
-            points.append(_stage_bytes(copies[0], x, counter))
+            p = _stage_bytes(copies[0], x, counter)
             size = x.untyped_storage().nbytes()
-            p = points[-1]
-            p["input"] = size
             own_input = size if p["saves_input"] and not before_keeps else 0
             kept = p["inner"] + (p["output"] if p["saves_output"] else 0)
-            p["transient"] = p["train_peak"] - kept
-            p["kept"] = kept + own_input
-            p["held_input"] = size - own_input
-            p["loose"] = 0 if p["saves_output"] else p["output"]
-            del x
+            return p | {
+                "transient": p["train_peak"] - kept,
+                "kept": kept + own_input,
+                "held_input": size - own_input,
+                "loose": 0 if p["saves_output"] else p["output"],
+            }
+
+        points = _while_memory_lasts(point, batches, stage.name, device)
         optimizer = _optimizer_state(copies[0], config)
 
     def line(key: str) -> Line:
-        return fit_bytes(batches, [p[key] for p in points])
+        return fit_bytes(batches[: len(points)], [p[key] for p in points])
 
     module = stage.module
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_folder": {"_cache"},
     "storage": {"_cache"},
     "worker": {"data", "local_step", "storage"},
-    "profiler": {"data", "heads", "local_step", "partitioner", "stages", "storage", "worker"},
+    "profiler": {"data", "heads", "local_step", "ops", "partitioner", "stages", "storage", "worker"},
     "planner": {"data", "partitioner", "profiler", "stages", "worker"},
     "controller": {"data", "local_step", "partitioner", "run_folder", "stages", "storage", "worker"},
     "progress": set(),

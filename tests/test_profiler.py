@@ -14,6 +14,7 @@ from nf_engine import profiler
 from nf_engine.config import TrainConfig
 from nf_engine.data import Normalisation, Preprocess
 from nf_engine.device import TensorBytes
+from nf_engine.errors import BudgetError
 from nf_engine.models import build
 from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
@@ -70,7 +71,7 @@ def test_vgg16_keeps_the_bytes_that_were_measured_for_it():
     for stage, kept, entry in zip(made.stages, VGG_KEPT, VGG_INPUT, strict=True):
         # The measurement counted BatchNorm's running statistics as saved, 2 x 4 bytes a channel at batch 8.
         assert stage.kept.at(8) / 8 == pytest.approx(kept - stage.output_shape[0])
-        assert stage.input.per_sample == entry
+        assert stage.input.per_sample == pytest.approx(entry)
     assert sum(s.kept.at(8) for s in made.stages) / 8 / 2**20 == pytest.approx(2.49, abs=0.01)
 
 
@@ -109,7 +110,7 @@ def test_profiling_leaves_weights_buffers_gradients_and_random_state_alone(devic
     assert network.training
 
 
-@pytest.mark.parametrize("call", [1, 3, 7])
+@pytest.mark.parametrize("call", [1, 3, 7, 8])
 def test_running_out_of_memory_half_way_changes_nothing(monkeypatch, call):
     network = build("vgg11", width=0.125)
     before = state_hash(network)
@@ -122,9 +123,15 @@ def test_running_out_of_memory_half_way_changes_nothing(monkeypatch, call):
         return real(*args)
 
     monkeypatch.setattr(profiler, "_stage_bytes", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        profile_of(network)
-    assert len(calls) == call
+    if call == 3:  # the third batch size of the first stage: two points make a line
+        _, _, made = profile_of(network)
+        assert made.stages[0].kept.per_sample > 0
+    else:
+        with pytest.raises(
+            BudgetError, match=r"stage features\.\d ran out of memory while it was profiled at batch \d+"
+        ):
+            profile_of(network)
+        assert len(calls) == call
     assert state_hash(network) == before
 
 
@@ -206,7 +213,7 @@ def test_flops_of_a_residual_block_by_hand():
 
 @pytest.mark.parametrize("head", ["conv1x1", "conv3x3", "deep"])
 def test_other_heads_are_profiled_with_their_chunks(head):
-    _, _, made = profile_of(build("vgg11", width=0.25), TrainConfig(head=head), batch_sizes=(2, 8, 128))
+    _, _, made = profile_of(build("vgg11", width=0.25), TrainConfig(head=head))
     first = made.stages[0].head
     assert first.spec.kind == head
     assert first.flops > 0
