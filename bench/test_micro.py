@@ -32,6 +32,7 @@ BATCH = 128
 
 
 def measure(benchmark, call, **options):
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     return benchmark.pedantic(call, rounds=5, warmup_rounds=1, **options)
 
 

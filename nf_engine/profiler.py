@@ -215,7 +215,7 @@ def _while_memory_lasts(
                 break
             free = free_bytes(device)
             raise BudgetError(
-                f"stage {name} ran out of memory while it was profiled at batch {batch}, {free} bytes are free on {device}; "
+                f"stage {name} ran out of memory while it was profiled at batch {batch}, {free} bytes are free; "
                 "free some, or profile with smaller batch_sizes",
                 stage=name,
                 need=free + 1,
