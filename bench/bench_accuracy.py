@@ -21,10 +21,11 @@ import nf_engine
 from bench.timing import arguments, check, finish, images
 from nf_engine.compare import train_peer
 from nf_engine.config import TrainConfig
-from nf_engine.data import ImageData, Preprocess
+from nf_engine.data import ImageData
 from nf_engine.exits import evaluate
 from nf_engine.models import build
 from nf_engine.planner import Planner
+from nf_engine.preprocess import Preprocess
 from nf_engine.stages import split
 
 ARMS = ("backpropagation", "windows recomputed", "windows cached", "layerwise recomputed", "layerwise cached")

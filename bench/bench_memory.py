@@ -20,11 +20,12 @@ import torch
 import nf_engine
 from bench.timing import arguments, check, finish, images
 from nf_engine.config import TrainConfig
-from nf_engine.data import ImageData, Preprocess
+from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.models import build
 from nf_engine.planner import Planner
+from nf_engine.preprocess import Preprocess
 from nf_engine.stages import split
 
 SHARES = (0.25, 0.35, 0.5, 0.6, 0.75, 1.1)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from nf_engine import _cache, ops
-from nf_engine.data import Normalisation, Preprocess
 from nf_engine.models import build
+from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.records import HeadSpec
 from nf_engine.stages import split
 from nf_engine.storage import ActivationCache, CacheGeometry

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nf_engine.config import TrainConfig
-from nf_engine.data import ImageData, Preprocess
+from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, watched
 from nf_engine.local_step import make_optimizer
 from nf_engine.partitioner import scaled_lr
+from nf_engine.preprocess import Preprocess
 from nf_engine.stages import Cut
 from nf_engine.worker import ImageInputs, learning_rate
 

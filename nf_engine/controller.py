@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig
-from nf_engine.data import ImageData, Preprocess
+from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, watched
 from nf_engine.errors import BudgetExceededError
 from nf_engine.local_step import Unit, make_optimizer
 from nf_engine.partitioner import ITEM
+from nf_engine.preprocess import Preprocess
 from nf_engine.records import BlockPlan, Plan, format_bytes
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
@@ -123,13 +124,15 @@ class Controller:
             units = self._units(number, block)
             for stage in inputs.prefix if isinstance(inputs, ImageInputs) else ():
                 stage.to(self.device).eval()
-            counter = self._counter(units)
-            self._start_count()
+            counter = self._start_count()
             inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
-            self._train(number, block, units, inputs, held, counter)
-            after, after_held, found = self._leave(number, block, units, inputs, held, counter)
+            try:
+                self._train(number, block, units, inputs, held, counter)
+                after, after_held, found = self._leave(number, block, units, inputs, held, counter)
+            finally:
+                self._release(inputs, held)
             scores += found
-            self._finish(number, units, inputs, held, found, counter)
+            self._finish(number, units, found, counter)
             if after is not None and after_held is not None:
                 inputs, held = after, after_held
         return scores
@@ -158,13 +161,21 @@ class Controller:
         modules = [*(s.module for s in self.cut.stages), *self.heads]
         return [t for m in modules for t in (*m.parameters(), *m.buffers())]
 
-    def _counter(self, units: Sequence[Unit]) -> TensorBytes | None:
-        return TensorBytes(self._resident()) if self.device.type == "cpu" else None
+    def _start_count(self) -> TensorBytes | None:
+        """The block's meter on the CPU; on CUDA the allocator counts from here on."""
+        if self.device.type == "cpu":
+            return TensorBytes(self._resident())
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return None
 
-    def _start_count(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+    def _release(self, *used: Inputs) -> None:
+        """Closes caches that were used up, or whose block failed, and deletes them unless they are to be kept."""
+        for inputs in used:
+            if isinstance(inputs, CacheInputs):
+                inputs.close()
+                if not self.keep_cache and inputs.cache.record.tier == "disk":
+                    self.folder.remove(inputs.cache.record.name)
 
     def _train(
         self,
@@ -322,12 +333,10 @@ class Controller:
         self,
         number: int,
         units: list[Unit],
-        inputs: Inputs,
-        held: Inputs,
         scores: list[Score],
         counter: TensorBytes | None,
     ) -> None:
-        """Checks the peak, saves the block, frees its optimiser state and the caches it was trained from."""
+        """Saves the block, frees its optimiser state, and holds its peak against the budget."""
         reserved = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
         peak = self._now(counter)[1]
         memory = BlockMemory(number, self.plan.blocks[number].peak, peak, reserved, psutil.Process().memory_info().rss)
@@ -341,11 +350,6 @@ class Controller:
                    for part, m in zip(("body", "head"), u.modules(), strict=True)}  # fmt: skip
         self.folder.write_weights(f"b{number:03d}.safetensors", modules, {"format": "nf-block/1"})
         self.folder.log("block", number=number, predicted=memory.predicted, allocated=peak, reserved=reserved)
-        for used in (inputs, held):
-            if isinstance(used, CacheInputs):
-                used.close()
-                if not self.keep_cache and used.cache.record.tier == "disk":
-                    self.folder.remove(used.cache.record.name)
         self.observer.block_ended(number, scores, memory)
         if peak > self.plan.budget:
             raise BudgetExceededError(

@@ -1,9 +1,8 @@
-"""Data: images and labels in, batches out, augmentation and normalisation on the device.
+"""Data: images and labels in, batches out.
 
-Images stay uint8 until they are on the device: `ImageData.batch` gives uint8 (N, C, H, W) on the CPU, `Preprocess`
-turns it into normalised float32 there. Float images are taken as they are. All randomness is a hash of (seed, stream,
-sample id), so a sample's augmentation is the same whatever the batch, the order or the device.
-Source: the hash is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); pad, crop and flip as in He et al., arXiv 1512.03385.
+Images stay uint8 until they are on the device: `ImageData.batch` gives uint8 (N, C, H, W) on the CPU, and
+`preprocess.Preprocess` turns it into normalised float32 there. Float images are taken as they are. What is chosen here,
+a held-out split or a synthetic image, is a hash of sample ids, so it is the same whatever the order.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,37 +22,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from nf_engine import datafiles
 from nf_engine.errors import ConfigError, DataError
+from nf_engine.preprocess import Normalisation, counter_hash, windows
 
-__all__ = [
-    "AUGMENTATIONS",
-    "ImageData",
-    "Normalisation",
-    "Preprocess",
-    "as_image_data",
-    "counter_hash",
-    "fit_to",
-    "load_split",
-    "stratified_split",
-]
+__all__ = ["ImageData", "as_image_data", "fit_to", "load_split", "stratified_split"]
 
-AUGMENTATIONS = ("none", "flip", "crop-flip")
 CHUNK = 1000  # images handled at once where a whole set is walked through
 DIGEST_SAMPLES = 16
-MASK64 = (1 << 64) - 1
-GOLDEN, MIX1, MIX2 = (
-    0x9E3779B97F4A7C15,
-    0xBF58476D1CE4E5B9,
-    0x94D049BB133111EB,
-)  # SplitMix64's increment and multipliers
 SYNTHETIC_CLASSES = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Normalisation:
-    """Mean and standard deviation of each channel: in units of 0..255 for uint8 images, 0 and 1 for float images."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class ImageData:
@@ -437,7 +411,7 @@ def _synthetic(first: int, count: int) -> tuple[Tensor, Tensor]:
     for rows in _chunks(count, CHUNK):
         samples = rows + first
         draws = counter_hash(samples, 2)
-        base = _windows(wide.index_select(0, rows % SYNTHETIC_CLASSES), draws & 15, (draws >> 8) & 15, 32, 32)
+        base = windows(wide.index_select(0, rows % SYNTHETIC_CLASSES), draws & 15, (draws >> 8) & 15, 32, 32)
         noise = counter_hash(samples[:, None] * 384 + torch.arange(384), 3).view(torch.uint8).view_as(base) >> 1
         images[rows[0] : rows[-1] + 1] = base + noise  # 128 + 127 at most
     return images, torch.arange(count) % SYNTHETIC_CLASSES
@@ -531,141 +505,3 @@ def _fitted(images: Tensor, size: int, channels: int) -> Tensor:
     down, right = size - height * factor, size - width * factor
     padded = F.pad(large, (right // 2, right - right // 2, down // 2, down - down // 2))
     return padded.expand(-1, channels, -1, -1).contiguous()
-
-
-# --- on the device --------------------------------------------------------------------------------------------------
-
-
-def counter_hash(counters: Tensor, *key: int) -> Tensor:
-    """64 random bits for each counter: the number at that position of the SplitMix64 sequence that the key seeds.
-
-    Args:
-        counters: int64 of any shape, on any device.
-        key: integers that name the purpose, such as (seed, epoch); none is seed 0.
-
-    Returns:
-        int64 of the same shape and device; all 64 bits are random, the sign too.
-
-    Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    state = 0
-    for part in key:
-        state = _mix_int((state ^ part) + GOLDEN)
-    z = counters * _signed(GOLDEN) + _signed(state + GOLDEN)  # int64 wraps, as the unsigned original
-    z = (z ^ _shifted(z, 30)) * _signed(MIX1)
-    z = (z ^ _shifted(z, 27)) * _signed(MIX2)
-    return z ^ _shifted(z, 31)
-
-
-def _mix_int(z: int) -> int:
-    z &= MASK64
-    z = (z ^ (z >> 30)) * MIX1 & MASK64
-    z = (z ^ (z >> 27)) * MIX2 & MASK64
-    return z ^ (z >> 31)
-
-
-def _signed(value: int) -> int:
-    return (value & MASK64) - ((value << 1) & (1 << 64))
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-class Preprocess:
-    """Turns batches of `ImageData` into normalised, augmented float32 on the device that they are on."""
-
-    def __init__(self, normalisation: Normalisation, augment: str = "none", seed: int = 0) -> None:
-        """Chooses the augmentation.
-
-        Args:
-            normalisation: of the training data.
-            augment: "none"; "flip", mirrored with probability 1/2; "crop-flip", also shifted by up to H // 8 pixels
-                (4 at 32, at least 1) each way, the border filled with the mean.
-            seed: any integer.
-
-        Raises:
-            ConfigError: the augmentation is unknown.
-        """
-        if augment not in AUGMENTATIONS:
-            close = difflib.get_close_matches(augment, AUGMENTATIONS, 1) or ["none"]
-            raise ConfigError(
-                f"expected augment as one of {', '.join(AUGMENTATIONS)}, found {augment!r}; did you mean {close[0]}"
-            )
-        self._normalisation, self._augment, self._seed = normalisation, augment, seed
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def __copy__(self) -> Preprocess:
-        """The same preprocessing without the tensors that this one keeps on its devices."""
-        return Preprocess(self._normalisation, self._augment, self._seed)
-
-    def __call__(self, x: Tensor, ids: Tensor | None, *, stream: int) -> Tensor:
-        """Augments and normalises one batch.
-
-        Args:
-            x: (B, C, H, W) uint8 or float, on any device.
-            ids: (B,) int64 sample ids, on any device; None: no augmentation.
-            stream: the pass over the data, such as the epoch: each sample is augmented anew in each.
-
-        Returns:
-            (B, C, H, W) float32 on x's device; of one sample, it depends on (seed, stream, id) alone.
-
-        Raises:
-            DataError: x has other channels than the normalisation, or ids another length than x.
-        """
-        channels = len(self._normalisation.mean)
-        if x.ndim != 4 or x.shape[1] != channels or (ids is not None and ids.shape != x.shape[:1]):
-            found = f"{tuple(x.shape)} and {None if ids is None else tuple(ids.shape)}"
-            raise DataError(f"expected images (B, {channels}, H, W) and ids (B,) or None, found {found}")
-        if ids is None or self._augment == "none":
-            return self._normalised(x)
-        draws = counter_hash(ids.to(x.device), self._seed, stream)
-        x = _flipped(x, (draws >> 48) & 1)
-        if self._augment == "flip":
-            return self._normalised(x)
-        height, width = x.shape[2:]
-        pad = max(1, height // 8)
-        # 24 bits each: uniform in [0, 2 * pad]
-        down, right = ((draws >> shift & 0xFFFFFF) * (2 * pad + 1) >> 24 for shift in (0, 24))
-        x = _windows(F.pad(x, (pad, pad, pad, pad)), down, right, height, width)  # in uint8: a quarter of the bytes
-        inside = _inside(down - pad, height)[:, None, :, None] * _inside(right - pad, width)[:, None, None, :]
-        return self._normalised(x).mul_(inside)  # the border becomes the mean, 0
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        if x.device not in self._constants:
-            mean, std = (
-                torch.tensor(v, device=x.device).view(-1, 1, 1)
-                for v in (self._normalisation.mean, self._normalisation.std)
-            )
-            self._constants[x.device] = (mean, std)
-        mean, std = self._constants[x.device]
-        return (
-            x.to(torch.float32, copy=True).sub_(mean).div_(std)
-        )  # divided: a multiply-add would round differently on a GPU
-
-
-def _flipped(x: Tensor, flip: Tensor) -> Tensor:
-    """Mirrors the images whose flip is 1; index_select from both copies takes a fifth of the time of torch.where."""
-    count = len(x)
-    both = torch.cat([x, x.flip(3)])
-    return both.index_select(0, torch.arange(count, device=x.device) + count * flip)
-
-
-def _inside(offset: Tensor, size: int) -> Tensor:
-    """(N, size) float32: 1 where a window at this offset, (N,), lies on the image, 0 where it lies on the padding."""
-    position = offset[:, None] + torch.arange(size, device=offset.device)
-    return ((position >= 0) & (position < size)).float()
-
-
-def _windows(x: Tensor, down: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """Cuts (N, C, height, width) out of each (N, C, H, W) at its own offset (N,), as a copy of whole pixel rows.
-
-    The rows are read from an overlapping view of the flat pixels, so that only a start is needed for each row, not an
-    index for each pixel.
-    """
-    count, channels, full_height, full_width = x.shape
-    planes = torch.arange(count * channels, device=x.device).view(count, channels, 1) * (full_height * full_width)
-    rows = torch.arange(height, device=x.device) * full_width
-    starts = planes + rows + (down * full_width + right).view(count, 1, 1)  # (N, C, height)
-    return x.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view(count, channels, height, width)

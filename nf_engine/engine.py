@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.controller import BlockMemory, Controller
-from nf_engine.data import ImageData, Normalisation, Preprocess, as_image_data, stratified_split
+from nf_engine.data import ImageData, as_image_data, stratified_split
 from nf_engine.device import budget_bytes, pick
 from nf_engine.errors import ConfigError, DataError
 from nf_engine.exits import EarlyExitModel, Scaled, exits_table, select_exit, throughput
 from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
+from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.profiler import BATCHES, flops_of, make_head
 from nf_engine.progress import make_observer
 from nf_engine.records import ExitScore, Plan, Profile, UnitPlan

@@ -28,11 +28,11 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from nf_engine.data import Normalisation
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError, UnsupportedModelError
 from nf_engine.exits import EarlyExitModel, Scaled
 from nf_engine.heads import Shape, build_head
 from nf_engine.models import ModelSpec
+from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec, Record
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut, split

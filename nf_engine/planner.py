@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.data import Preprocess
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.partitioner import TARGET_BATCH, Costs, choose_tier, forward_batch, partition
+from nf_engine.preprocess import Preprocess
 from nf_engine.profiler import BATCHES, block_peak, probe_tiers, profile_stages, profile_unit
 from nf_engine.records import BlockPlan, CachePlan, Line, Plan, UnitPlan, format_bytes
 from nf_engine.stages import Cut

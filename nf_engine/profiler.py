@@ -27,13 +27,13 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nf_engine.config import TrainConfig
-from nf_engine.data import Preprocess
 from nf_engine.device import Meter, TensorBytes, free_bytes, meter, tensor_bytes
 from nf_engine.errors import BudgetError
 from nf_engine.heads import CHUNKS, Shape, adaptive_width, build_head, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.ops import KERNELS
 from nf_engine.partitioner import TierProbe
+from nf_engine.preprocess import Preprocess
 from nf_engine.records import BlockPlan, HeadProfile, HeadSpec, Line, Profile, StageProfile, UnitPlan
 from nf_engine.stages import Cut
 from nf_engine.storage import ActivationCache, CacheGeometry

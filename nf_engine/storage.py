@@ -3,11 +3,9 @@
 A trained block's outputs are written once, in chunks of whole samples, then read in shuffled order in every epoch of
 the next block. Tier "disk" is one .nfc file, tier "ram" the same chunks in memory: the tier changes time, not numbers.
 
-File, version 1, little endian, every part at a multiple of 4096 bytes, so that O_DIRECT accepts it:
-    header 4096 | chunks, n x chunk_stride | table, CRC32C of each chunk | footer 4096
-Chunk: samples (C, H, W) back to back, then a record of 16 bytes for each {u64 id, i32 label, u32 copy}, then zeros.
-Written as <name>.tmp into space that was reserved first, renamed when complete, and not synced: a cache can be derived
-again, so that a mismatch after a power cut means rebuild.
+`cache_format` lays out the file. It is written as <name>.tmp into space that was reserved first, renamed when complete,
+and not synced: a cache can be derived again, so that a mismatch after a power cut means rebuild.
+Shapes: samples (C, H, W), batches (N, C, H, W).
 
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Storage, fed by the Worker).
 """
@@ -17,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import math
 import os
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,137 +29,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nf_engine import _cache
+from nf_engine.cache_format import (
+    DTYPES,
+    MIB,
+    PAGE,
+    SAMPLE_RECORD,
+    CacheGeometry,
+    CacheRecord,
+    check_file,
+    check_range,
+    pack_footer,
+    pack_header,
+    page_up,
+    write_part,
+)
 from nf_engine.errors import (
     CacheClosedError,
-    CacheCorruptError,
     CacheIncompleteError,
-    CacheStaleError,
     NFError,
     NonFiniteError,
 )
-from nf_engine.records import Record
 
 __all__ = ["ActivationCache", "Batch", "CacheGeometry", "CacheRecord", "CacheStats", "build_info", "sample_order"]
 
 log = logging.getLogger(__name__)
 
-MIB = 1 << 20
-PAGE = 4096
-VERSION = 1
 READ_AHEAD = 4  # chunks beyond the window, so that the disk works while the window drains
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPE_CODES = {"fp32": 1, "fp16": 2, "bf16": 3}
-SAMPLE_RECORD = np.dtype([("id", "<u8"), ("label", "<i4"), ("copy", "<u4")])
-
-HEADER_MAGIC = b"\x89NFC\r\n\x1a\n"
-FOOTER_MAGIC = b"\x89NFE\r\n\x1a\n"
-HEADER = struct.Struct("<8s4I4H8Q2Q2I3I2H2Q32s3Q")
-FOOTER = struct.Struct("<8sIIQIIQQ32s")
-HEADER_FIELDS = (
-    *("magic", "version", "header_bytes", "byte_order", "flags", "dtype", "codec", "layout", "ndim"),
-    *(f"shape[{i}]" for i in range(8)),
-    *("sample_bytes", "n_samples", "samples_per_chunk", "chunk_stride", "n_chunks", "copies", "block"),
-    *("rank", "world", "generation", "order_key", "fingerprint", "table_offset", "footer_offset", "file_bytes"),
-)
-
-
-def _up(value: int) -> int:
-    return -(-value // PAGE) * PAGE
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CacheGeometry(Record):
-    """Shapes and sizes of one cache; every other number of the file follows from these.
-
-    Attributes:
-        sample_shape: of one sample, (C, H, W) or any 1 to 8 sizes.
-        dtype: stored as "fp32", "fp16" or "bf16".
-        samples: number of samples, all copies together.
-        copies: augmented copies of the data set among them.
-        channels_last: (H, W, C) in memory; needs three sizes.
-        chunk_bytes: aim for the samples of one chunk; a smaller chunk mixes better, a larger one reads faster.
-    """
-
-    sample_shape: tuple[int, ...]
-    dtype: str
-    samples: int
-    copies: int = 1
-    channels_last: bool = False
-    chunk_bytes: int = MIB
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected dtype fp32, fp16 or bf16, got {self.dtype!r}")
-        _check_range("number of sizes in sample_shape", len(self.sample_shape), 1, 8)
-        for size in self.sample_shape:
-            _check_range("size in sample_shape", size, 1, 1 << 31)
-        if self.channels_last and len(self.sample_shape) != 3:
-            raise ValueError(f"channels_last expects a sample of shape (C, H, W), got {self.sample_shape}")
-        _check_range("samples", self.samples, 1, 1 << 40)
-        _check_range("copies", self.copies, 1, 65535)
-        _check_range("chunk_bytes", self.chunk_bytes, 1, 1 << 26)
-        _check_range("bytes of a sample", self.sample_bytes, 1, 1 << 26)
-        _check_range("number of chunks", self.chunks, 1, 1 << 23)
-
-    @property
-    def sample_bytes(self) -> int:
-        return math.prod(self.sample_shape) * DTYPES[self.dtype].itemsize
-
-    @property
-    def samples_per_chunk(self) -> int:
-        # A sample counts for at least 64 bytes: its record of 16 would else dwarf it.
-        return min(self.samples, max(1, self.chunk_bytes // max(self.sample_bytes, 64)))
-
-    @property
-    def chunk_stride(self) -> int:
-        return _up(self.samples_per_chunk * (self.sample_bytes + SAMPLE_RECORD.itemsize))
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.samples // self.samples_per_chunk)
-
-    @property
-    def table_offset(self) -> int:
-        return PAGE + self.chunks * self.chunk_stride
-
-    @property
-    def footer_offset(self) -> int:
-        return self.table_offset + _up(4 * self.chunks)
-
-    @property
-    def file_bytes(self) -> int:
-        return self.footer_offset + PAGE
-
-
-def _check_range(what: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"expected {what} in {low}..{high}, got {value}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class CacheRecord(Record):
-    """What a manifest says of one finished cache; `open` holds the file against it.
-
-    Attributes:
-        name: file name in its folder.
-        tier: "disk" or "ram"; a ram cache ends with the object that holds it.
-        geometry: shapes and sizes.
-        block: number of the block whose inputs these are.
-        generation: counts rebuilds.
-        fingerprint: 64 hex digits for what the samples were made from.
-        order_key, seed_key: keys of the producing pass, kept for a rebuild.
-        table_sha256: of the padded table of checksums, hence of the contents; "" for tier ram.
-    """
-
-    name: str
-    tier: str
-    geometry: CacheGeometry
-    block: int
-    generation: int
-    fingerprint: str
-    order_key: int
-    seed_key: int
-    table_sha256: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -283,7 +174,7 @@ class ActivationCache:
             order_key=order_key,
             seed_key=seed_key,
         )
-        header = _pack_header(record)  # also checks the ranges, on every tier
+        header = pack_header(record)  # also checks the ranges, on every tier
         chunks = _RamChunks(geometry) if tier == "ram" else _DiskChunks.create(folder, record, header)
         return cls(record, chunks, complete=False)
 
@@ -375,8 +266,8 @@ class ActivationCache:
         self._check_open()
         if not self._complete:
             raise CacheIncompleteError(f"{self._record.name}: read before it was finished; call finish() first")
-        _check_range("batch_size", batch_size, 1, 1 << 40)
-        _check_range("start", start, 0, 1 << 40)
+        check_range("batch_size", batch_size, 1, 1 << 40)
+        check_range("start", start, 0, 1 << 40)
         order = sample_order(key, self.geometry.samples, self.geometry, window_bytes)[start * batch_size :]
         if drop_last:
             order = order[: len(order) // batch_size * batch_size]
@@ -638,7 +529,7 @@ class _DiskChunks:
         self._file = file
         self._name = record.name
         self._geometry = record.geometry
-        self._table = np.zeros(_up(4 * record.geometry.chunks) // 4, "<u4")
+        self._table = np.zeros(page_up(4 * record.geometry.chunks) // 4, "<u4")
         self._writer: _Writer | None = None
         self._unfinished = False  # there is a .tmp, ours to remove
         if not file.direct:
@@ -651,7 +542,7 @@ class _DiskChunks:
         self._unfinished = True
         try:
             self._file.reserve(record.geometry.file_bytes)
-            _write_part(self._file, 0, header)
+            write_part(self._file, 0, header)
             self._writer = _Writer(record.geometry, self._write)
         except BaseException:
             self.close()
@@ -663,7 +554,7 @@ class _DiskChunks:
         folder = _cache.Folder(str(path))
         self = cls(folder, folder.open(record.name), record)
         try:
-            self._table = _check_file(self._file, record)
+            self._table = check_file(self._file, record)
         except BaseException:
             self.close()
             raise
@@ -691,13 +582,13 @@ class _DiskChunks:
         self._writer = None
         table = self._table.tobytes()
         record = dataclasses.replace(record, table_sha256=hashlib.sha256(table).hexdigest())
-        _write_part(self._file, record.geometry.table_offset, table)
-        _write_part(self._file, record.geometry.footer_offset, _pack_footer(record, _cache.crc32c(table)))
+        write_part(self._file, record.geometry.table_offset, table)
+        write_part(self._file, record.geometry.footer_offset, pack_footer(record, _cache.crc32c(table)))
         self._file.close()  # may report a failed write
         self._folder.rename(self._name + ".tmp", self._name)
         self._unfinished = False
         self._file = self._folder.open(self._name)
-        self._table = _check_file(self._file, record)
+        self._table = check_file(self._file, record)
         return record
 
     def window(self, chunk_of: NDArray[np.int64], window_chunks: int) -> _DiskWindow:
@@ -814,87 +705,3 @@ class _DiskWindow:
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-
-
-def _write_part(file: _cache.File, offset: int, data: bytes) -> None:
-    buffer = _cache.AlignedBuffer(len(data))
-    memoryview(buffer)[:] = data
-    file.write_chunk(offset, buffer)
-
-
-def _read_part(file: _cache.File, offset: int, size: int) -> bytes:
-    buffer = _cache.AlignedBuffer(size)
-    file.read(offset, buffer)
-    return bytes(memoryview(buffer))
-
-
-def _sealed(data: bytes) -> bytes:
-    """Padded to a page whose last four bytes are the CRC32C of the others."""
-    page = data.ljust(PAGE - 4, b"\0")
-    return page + struct.pack("<I", _cache.crc32c(page))
-
-
-def _is_sealed(page: bytes) -> bool:
-    return _sealed(page[:-4]) == page
-
-
-def _pack_header(record: CacheRecord) -> bytes:
-    geometry = record.geometry
-    _check_range("block", record.block, 0, 65535)
-    _check_range("generation", record.generation, 0, (1 << 64) - 1)
-    _check_range("order_key", record.order_key, 0, (1 << 64) - 1)
-    shape = geometry.sample_shape + (0,) * (8 - len(geometry.sample_shape))
-    fields = (
-        *(HEADER_MAGIC, VERSION, PAGE, 0x0A0B0C0D, 0),
-        *(DTYPE_CODES[geometry.dtype], 0, int(geometry.channels_last), len(geometry.sample_shape)),
-        *shape,
-        *(geometry.sample_bytes, geometry.samples, geometry.samples_per_chunk, geometry.chunk_stride),
-        *(geometry.chunks, geometry.copies, record.block, 0, 1, record.generation, record.order_key),
-        *(bytes.fromhex(record.fingerprint), geometry.table_offset, geometry.footer_offset, geometry.file_bytes),
-    )
-    return _sealed(HEADER.pack(*fields))
-
-
-def _pack_footer(record: CacheRecord, table_crc: int) -> bytes:
-    geometry = record.geometry
-    header_crc = struct.unpack("<I", _pack_header(record)[-4:])[0]
-    counts = (geometry.samples, geometry.chunks, table_crc, record.generation, geometry.file_bytes)
-    return _sealed(FOOTER.pack(FOOTER_MAGIC, VERSION, header_crc, *counts, bytes.fromhex(record.fingerprint)))
-
-
-def _check_file(file: _cache.File, record: CacheRecord) -> NDArray[np.uint32]:
-    """Every check but those of the chunks; returns the table of their checksums.
-
-    The record fixes every byte of the header, and with the table every byte of the footer: no field is believed because
-    the file says so, and comparing whole pages checks all rules of the format at once.
-    """
-    geometry, path = record.geometry, file.path
-    size, links, regular = file.stat()
-    if not regular or links != 1:
-        raise CacheCorruptError(f"{path}: expected a regular file with one link, got {links} links; delete it")
-    if size != geometry.file_bytes:
-        raise CacheIncompleteError(f"{path}: expected {geometry.file_bytes} bytes, got {size}; delete it to rebuild")
-    _check_header(path, _read_part(file, 0, PAGE), record)
-    footer = _read_part(file, geometry.footer_offset, PAGE)
-    if footer == bytes(PAGE):
-        raise CacheIncompleteError(f"{path}: has no footer, the writing run stopped early; delete it to rebuild")
-    if not footer.startswith(FOOTER_MAGIC) or not _is_sealed(footer):
-        raise CacheCorruptError(f"{path}: the checksum of the footer does not hold; delete it to rebuild")
-    table = _read_part(file, geometry.table_offset, geometry.footer_offset - geometry.table_offset)
-    if footer != _pack_footer(record, _cache.crc32c(table)):
-        raise CacheCorruptError(f"{path}: the table of checksums is not that of the footer; delete it to rebuild")
-    found = hashlib.sha256(table).hexdigest()
-    if found != record.table_sha256:
-        raise CacheStaleError(f"{path}: expected contents {record.table_sha256}, got {found}; delete it to rebuild")
-    return np.frombuffer(table, "<u4")
-
-
-def _check_header(path: str, header: bytes, record: CacheRecord) -> None:
-    expected = _pack_header(record)
-    if header == expected:
-        return
-    if not header.startswith(HEADER_MAGIC) or not _is_sealed(header):
-        raise CacheCorruptError(f"{path}: the checksum of the header does not hold; delete it to rebuild")
-    pairs = zip(HEADER_FIELDS, HEADER.unpack_from(expected), HEADER.unpack_from(header), strict=True)
-    wrong = [f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got]
-    raise CacheStaleError(f"{path}: expected {'; '.join(wrong) or 'zeros behind the header'}; delete it to rebuild")

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig
-from nf_engine.data import ImageData, Preprocess
+from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, watched
 from nf_engine.errors import NonFiniteError
 from nf_engine.local_step import Unit, train_block
+from nf_engine.preprocess import Preprocess
 from nf_engine.records import BlockPlan
 from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
 

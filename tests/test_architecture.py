@@ -24,27 +24,30 @@ ALLOWED: dict[str, set[str]] = {
     "records": set(),
     "device": set(),
     "datafiles": set(),
-    "data": {"datafiles"},
+    "preprocess": set(),
+    "data": {"datafiles", "preprocess"},
     "models": set(),
-    "stages": set(),
+    "tracing": set(),
+    "stages": {"tracing"},
     "reference": set(),
     "ops": {"reference", "kernels"},
     "heads": {"ops"},
     "local_step": {"heads"},
     "partitioner": set(),
     "run_folder": {"_cache"},
-    "storage": {"_cache"},
-    "worker": {"data", "local_step", "storage"},
-    "profiler": {"data", "heads", "local_step", "ops", "partitioner", "stages", "storage", "worker"},
-    "planner": {"data", "partitioner", "profiler", "stages", "worker"},
-    "controller": {"data", "local_step", "partitioner", "run_folder", "stages", "storage", "worker"},
+    "cache_format": {"_cache"},
+    "storage": {"_cache", "cache_format"},
+    "worker": {"data", "local_step", "preprocess", "storage"},
+    "profiler": {"heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
+    "planner": {"partitioner", "preprocess", "profiler", "stages", "worker"},
+    "controller": {"data", "local_step", "partitioner", "preprocess", "run_folder", "stages", "storage", "worker"},
     "progress": set(),
-    "exits": {"data"},
-    "export": {"data", "exits", "heads", "models", "run_folder", "stages"},
-    "compare": {"data", "local_step", "partitioner", "stages", "worker"},
+    "exits": {"data", "preprocess"},
+    "export": {"exits", "heads", "models", "preprocess", "run_folder", "stages"},
+    "compare": {"data", "local_step", "partitioner", "preprocess", "stages", "worker"},
     "engine": {
-        *("controller", "data", "exits", "models", "partitioner", "planner", "profiler", "progress", "run_folder"),
-        *("stages", "worker"),
+        *("controller", "data", "exits", "models", "partitioner", "planner", "preprocess", "profiler", "progress"),
+        *("run_folder", "stages", "worker"),
     },
     "doctor": {"__init__", "ops", "storage"},
     "cli": {"__init__", "data", "doctor", "engine", "exits", "export", "models"},
@@ -111,8 +114,8 @@ def test_only_ops_imports_kernels():
     assert importers("kernels") <= {"ops"}
 
 
-def test_only_storage_and_run_folder_import_the_compiled_module():
-    assert "storage" in importers("_cache") <= {"storage", "run_folder"}
+def test_only_the_cache_and_the_run_folder_import_the_compiled_module():
+    assert "storage" in importers("_cache") <= {"cache_format", "storage", "run_folder"}
 
 
 def test_only_the_command_line_imports_the_engine():

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from nf_engine.compare import train_peer
 from nf_engine.config import TrainConfig
-from nf_engine.data import Preprocess, as_image_data
+from nf_engine.data import as_image_data
 from nf_engine.models import build
+from nf_engine.preprocess import Preprocess
 from nf_engine.stages import split
 from nf_engine.worker import learning_rate, pass_key
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nf_engine.data import Normalisation, as_image_data
+from nf_engine.data import as_image_data
 from nf_engine.errors import ConfigError
 from nf_engine.exits import EarlyExitModel, Scaled, evaluate, exits_table, select_exit
+from nf_engine.preprocess import Normalisation
 from nf_engine.records import ExitScore
 
 K = 5

@@ -13,12 +13,12 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from nf_engine import export
-from nf_engine.data import Normalisation
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError
 from nf_engine.exits import EarlyExitModel, Scaled
 from nf_engine.export import export_pt2, load, save_pretrained
 from nf_engine.heads import build_head
 from nf_engine.models import build
+from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import split
