@@ -26,6 +26,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="also write the document of the last line to this file")
     parser.add_argument("--data", default="synthetic:2000", help="cifar10:DIR, idx:DIR, synthetic:N, ...")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.set_defaults(commit=commit())  # of the code that runs: a long run may see others
     return parser
 
 
@@ -82,6 +83,12 @@ def check(value: float | None, target: str) -> dict[str, Any]:
     return {"value": value if value is None else round(value, 4), "target": target, "ok": ok}
 
 
+def _kind(spec: str) -> str:
+    """A data set without the folder of this machine: "idx:/somewhere" -> "idx:DIR"."""
+    kind, _, place = spec.partition(":")
+    return spec if place.isdigit() or not place else f"{kind}:DIR"
+
+
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]], checks: dict[str, Any]) -> None:
     """Prints the checks and, as the last line, the whole document; writes it where asked."""
     for name, entry in checks.items():
@@ -89,8 +96,8 @@ def finish(args: argparse.Namespace, rows: list[dict[str, Any]], checks: dict[st
     document = {
         "machine": machine(),
         "versions": versions(),
-        "commit": commit(),
-        "arguments": vars(args) | {"json": None},
+        "commit": args.commit,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("json", "commit")} | {"data": _kind(args.data)},
         "rows": rows,
         "checks": checks,
     }

@@ -1,6 +1,5 @@
 """The benches' reports: checks against targets, the document of the last line, summaries, and the closing table."""
 
-import argparse
 import json
 import platform
 import subprocess
@@ -51,7 +50,8 @@ def test_a_target_with_another_sign_is_an_error():
 
 
 def finished(capsys, json_file):
-    args = argparse.Namespace(quick=True, json=json_file, data="synthetic:40", threads=1)
+    args = timing.arguments("x").parse_args(["--quick", "--threads", "1", "--data", "idx:/some/place"])
+    args.json = json_file
     rows = [{"arm": "a", "seconds": 1.5}]
     checks = {"time": timing.check(1.5, "<= 2"), "gpu time": timing.check(None, "< 1")}
     timing.finish(args, rows, checks)
@@ -64,7 +64,7 @@ def test_the_last_line_is_the_whole_document(capsys):
 
     assert set(document) == {"machine", "versions", "commit", "arguments", "rows", "checks"}
     assert (document["rows"], document["checks"]) == (rows, checks)
-    assert document["arguments"] == {"quick": True, "json": None, "data": "synthetic:40", "threads": 1}
+    assert document["arguments"] == {"quick": True, "data": "idx:DIR", "threads": 1}
     assert document["versions"] == {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
