@@ -32,13 +32,13 @@ ARMS = ("backpropagation", "windows recomputed", "windows cached", "layerwise re
 SHARE = 0.6
 
 
-def budget_of(data: ImageData, width: float, config: TrainConfig) -> int:
-    """60 % of the peak of backpropagation at batch 128: activations, gradients, weights and optimizer state."""
+def budget_of(data: ImageData, width: float, config: TrainConfig, share: float) -> int:
+    """A share of the peak of backpropagation at batch 128: activations, gradients, weights and optimizer state."""
     cut = split(build("vgg11", width=width), data.shape)
     preprocess = Preprocess(data.normalisation, config.augment)
     planner = Planner(cut, config, preprocess, True, None, len(data), "vgg11", None)
     planner.together = True  # as training on the CPU counts: all weights share the memory
-    return int(SHARE * planner.plan(1 << 40).bounds.backpropagation)
+    return int(share * planner.plan(1 << 40).bounds.backpropagation)
 
 
 def run(arm: str, seed: int, data: ImageData, test: ImageData, config: TrainConfig, width: float) -> dict[str, Any]:
@@ -76,16 +76,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--share", type=float, default=SHARE, help="budget as a share of backpropagation's peak at 128")
+    parser.add_argument("--batch", type=int, help="samples a step of windows and layerwise; planned where left out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.quick:
         args.epochs, args.images, args.seeds = 2, min(args.images, 2000), "0"
     data, test = images(args.data, args.images)
     config = TrainConfig(epochs=args.epochs, augment="crop-flip", device="cpu")
-    budget = budget_of(data, args.width, config)
-    config = config.with_fields({"memory_budget": budget})
+    budget = budget_of(data, args.width, config, args.share)
+    config = config.with_fields({"memory_budget": budget, "batch_size": args.batch or "auto"})
     rows: list[dict[str, Any]] = []
-    print(f"budget {budget} bytes, {SHARE:.0%} of backpropagation's live peak at batch 128")
+    print(f"budget {budget} bytes, {args.share:.0%} of backpropagation's live peak at batch 128")
     print(
         f"{'arm':<22}{'seed':>5}{'accuracy':>10}{'best exit':>11}{'seconds':>9}{'peak/budget':>12}"
         "  units/blocks, batches"

@@ -43,7 +43,7 @@ from nf_engine.worker import (
     train_epochs,
 )
 
-PREVIEW = 512  # held-out samples that an epoch's accuracy is estimated from
+PREVIEW = 512  # most held-out samples that an epoch's accuracy is estimated from; at most 2 % of an epoch
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class Controller:
         started = time.perf_counter()
 
         def report(epoch: EpochReport) -> None:
-            sample = itertools.islice(held.once(min(block.batch, PREVIEW), None), -(-PREVIEW // block.batch))
+            wanted = min(PREVIEW, max(block.batch, inputs.samples // 50))
+            sample = itertools.islice(held.once(min(block.batch, wanted), None), -(-wanted // block.batch))
             sums = forward_block(units, sample, score=True, write=None, device=self.device)
             accuracy = sums.scores()[-1].accuracy
             for unit in units:
