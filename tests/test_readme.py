@@ -81,3 +81,9 @@ def test_the_quick_start_runs_and_stays_inside_its_budget(tmp_path, monkeypatch,
     model = nf_engine.load("model")
     assert model.exits == 1
     assert model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
+
+
+def test_the_tables_are_those_of_the_result_files():
+    from bench.tables import filled
+
+    assert filled(TEXT) == TEXT, "run `python -m bench.tables`"

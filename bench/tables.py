@@ -1,0 +1,95 @@
+"""The README's tables from the result files, so that no figure is typed by hand.
+
+python -m bench.tables            writes them between the markers <!-- table: NAME --> and <!-- end: NAME -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def points(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}"
+
+
+def accuracy() -> str:
+    """Mean and standard deviation over the seeds, whole network (best exit in brackets)."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for suffix, budget in (("", "60 %"), ("_two_units", "76 %, batch 128")):
+        for data in ("fashion", "cifar10"):
+            for row in load(f"accuracy{suffix}_{data}")["rows"]:
+                key = (row["arm"], "none" if row["arm"] == "backpropagation" else budget)
+                found.setdefault(key, {}).setdefault(data, []).append(row)
+    lines = [
+        "| training | budget | units / blocks, batches | Fashion-MNIST, % | CIFAR-10, % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (arm, budget), sets in found.items():
+        first = sets["fashion"][0]
+        batches = ", ".join(map(str, dict.fromkeys(first["batches"])))
+        cells = [
+            points([r["accuracy"] for r in sets[d]])
+            + ("" if first["units"] == 1 else f" ({100 * statistics.mean(r['best_exit'] for r in sets[d]):.1f})")
+            for d in ("fashion", "cifar10")
+        ]
+        shape = f"{first['units']} / {first['blocks']}, {batches}"
+        lines.append(f"| {arm} | {budget} | {shape} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def speed_and_memory() -> str:
+    """Medians over the rounds; ratios are taken round by round."""
+    document = load("training")
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        found.setdefault((row["case"], row["arm"]), []).append(row)
+    budget = document["arguments"]["share"]
+    base = {r["round"]: r["epoch_seconds"] for r in found["equal", "backpropagation"]}
+    lines = ["| training | batches | s an epoch | to backpropagation | peak, MB |", "| --- | --- | --- | --- | --- |"]
+    for (case, arm), rows in found.items():
+        ratio = statistics.median(r["epoch_seconds"] / base[r["round"]] for r in rows)
+        name = f"{arm}, largest batch in the budget" if case == "largest" else arm
+        batches = ", ".join(map(str, dict.fromkeys(rows[0]["batches"])))
+        seconds = statistics.median(r["epoch_seconds"] for r in rows)
+        lines.append(f"| {name} | {batches} | {seconds:.2f} | {ratio:.2f} | {rows[0]['peak'] / 1e6:.1f} |")
+    memory = load("memory")
+    ran = [r for r in memory["rows"] if r["feasible"]]
+    worst = max(abs(r["predicted"] / r["peak"] - 1) for r in ran)
+    over = sum(r["peak"] > r["budget"] for r in memory["rows"])
+    lines.append("")
+    lines.append(
+        f"The budget is {budget:.0%} of backpropagation's peak at batch 128.  (6 budgets, 2 "
+        f"models, 2 strategies)\n{over} went over their budget; the predicted peak was off by at most {worst:.3%}."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory}
+
+
+def filled(text: str) -> str:
+    """A README with its tables made from the result files."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end: {name} -->)", re.DOTALL)
+        assert pattern.search(text), f"the README has no markers for {name}"
+        table = make()
+        text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print("\n\n".join(make() for make in TABLES.values()))
