@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,8 +113,10 @@ def test_a_dataloader_gives_what_its_dataset_gives(tmp_path):
     assert results[0].history[0]["train/loss"] == results[1].history[0]["train/loss"]
 
 
-@pytest.mark.parametrize("cache", ["disk", "ram", "recompute", "auto"])
-@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+@pytest.mark.parametrize(
+    ("cache", "augment"),
+    [("disk", "none"), ("disk", "crop-flip"), ("ram", "crop-flip"), ("recompute", "crop-flip"), ("auto", "none")],
+)
 def test_a_run_stays_in_its_budget_on_every_tier(tmp_path, digits, cache, augment):
     network = build("vgg11", width=0.125)
     resident = [*network.parameters(), *network.buffers()]
@@ -121,7 +124,8 @@ def test_a_run_stays_in_its_budget_on_every_tier(tmp_path, digits, cache, augmen
     with TensorBytes(resident) as counter:
         result = nf_engine.train(
             network,
-            *digits,
+            digits[0].subset(torch.arange(300)),
+            digits[1],
             memory_budget=budget,
             partition="layerwise",
             epochs=2,
@@ -195,6 +199,19 @@ def test_a_given_plan_is_obeyed_without_profiling(tmp_path, digits):
         nf_engine.train(build("resnet18", width=0.125), *digits, plan=first.plan, output_dir=tmp_path / "c", **QUIET)
 
 
+def test_a_plan_for_a_device_with_its_own_memory_is_refused_on_the_cpu(tmp_path, digits):
+    network = build("vgg11", width=0.125)
+    fields = {"memory_budget": "32MiB", "samples": 600, "batch_size": 64}
+    apart = nf_engine.plan(network, (3, 32, 32), device_memory="1GiB", **fields)
+    joint = nf_engine.plan(network, (3, 32, 32), device="cpu", **fields)
+    assert apart.overhead == 0
+    assert joint.overhead == sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    with pytest.raises(ConfigError, match="on the CPU all weights share the budget"):
+        nf_engine.train(network, *digits, plan=apart, output_dir=tmp_path / "run", **QUIET)
+    with pytest.raises(ConfigError, match="the plan has no blocks"):
+        nf_engine.train(network, *digits, plan=replace(joint, blocks=()), output_dir=tmp_path / "no", **QUIET)
+
+
 def test_held_out_data_is_split_off_by_class_where_none_is_given(tmp_path, digits):
     result = nf_engine.train(
         build("vgg11", width=0.125),
@@ -239,14 +256,13 @@ def test_a_plan_needs_no_device_and_no_data():
 
 
 def test_a_peak_above_the_budget_is_an_error_not_a_silence(tmp_path, digits):
-    plan = nf_engine.plan("vgg11", (3, 32, 32), memory_budget="200MiB", samples=600, batch_size=64)
-    from dataclasses import replace
-
+    network = build("vgg11", width=0.125)
+    plan = nf_engine.plan(network, (3, 32, 32), memory_budget="32MiB", samples=600, batch_size=64, device="cpu")
     lie = replace(plan, budget=2**20)
     with pytest.raises(
         BudgetExceededError, match=r"block 0 used .* bytes\) of tensors, the budget is 1.00 MiB"
     ) as caught:
-        nf_engine.train("vgg11", *digits, plan=lie, epochs=1, batch_size=64, output_dir=tmp_path / "run", **QUIET)
+        nf_engine.train(network, *digits, plan=lie, epochs=1, batch_size=64, output_dir=tmp_path / "run", **QUIET)
     assert caught.value.need > caught.value.budget == 2**20
 
 
