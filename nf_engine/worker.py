@@ -256,7 +256,7 @@ def train_epochs(
         losses = torch.zeros(len(units), dtype=torch.float32, device=device)
 
         def batches(epoch: int = epoch) -> Iterator[tuple[Tensor, Tensor]]:
-            source = watched(inputs.train(epoch, plan.batch), None if epoch else counter)
+            source = watched(inputs.train(epoch, plan.batch), counter if epoch < 2 else None)
             for k in range(per_epoch):
                 rate = learning_rate(epoch * per_epoch + k, steps, warmup, plan.lr)
                 for unit in units:
