@@ -72,7 +72,8 @@ def speed_and_memory() -> str:
     lines.append("")
     lines.append(
         f"The budget is {budget:.0%} of backpropagation's peak at batch 128. Of {len(memory['rows'])} other runs "
-        f"(6 budgets, 2 models,\n2 strategies) {over} went over their budget; the predicted peak was off by at most {worst:.3%}."
+        f"(6 budgets, 2 models,\n2 strategies) {over} went over their budget; "
+        f"the predicted peak was off by at most {worst:.3%}."
     )
     return "\n".join(lines)
 
