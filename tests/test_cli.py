@@ -275,7 +275,7 @@ def test_plan_prints_the_plan_of_the_library(monkeypatch):
     assert code == 0
     made = Plan.from_json(out)
     model = cli._network("vgg11", 0.125, 7, (3, 32, 32), 0)
-    assert made == nf_engine.plan(model, (3, 32, 32), samples=900, memory_budget=32 << 20)
+    assert made == nf_engine.plan(model, (3, 32, 32), samples=900, memory_budget=32 << 20, device_memory="64MiB")
     monkeypatch.setattr(engine, "plan", lambda *_, **__: made)
     assert run("plan", *arguments)[1] == made.table() + "\n"
 
