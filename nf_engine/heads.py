@@ -31,7 +31,6 @@ __all__ = [
     "ModuleHead",
     "adaptive_width",
     "build_head",
-    "chunks_for",
     "deep_head",
     "head_bytes",
     "head_flops",
@@ -287,14 +286,6 @@ def head_bytes(spec: HeadSpec, shape: Shape, classes: int, batch: int, chunks: i
     tail = 4 * rows * (2 * cells + 2 * classes) + 4 * batch
     weight = 4 * spec.width * channels * KERNELS[spec.kind] ** 2  # of one chunk, before it is added
     return (dh if rows < batch else 0) + conv_map + max(part + weight, overlap) + tail + gradients
-
-
-def chunks_for(spec: HeadSpec, shape: Shape, classes: int, batch: int, allowed_bytes: int) -> int:
-    """The fewest of CHUNKS whose head_bytes (float32) are at most allowed_bytes, else the most; 1 for other kinds."""
-    if not KERNELS.get(spec.kind):
-        return 1
-    fits = (n for n in CHUNKS if head_bytes(spec, shape, classes, batch, n) <= allowed_bytes)
-    return next(fits, CHUNKS[-1])
 
 
 def _clipped(spec: HeadSpec, shape: Shape) -> HeadSpec:

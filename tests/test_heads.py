@@ -18,7 +18,6 @@ from nf_engine.heads import (
     ModuleHead,
     adaptive_width,
     build_head,
-    chunks_for,
     deep_head,
     head_bytes,
     head_flops,
@@ -329,18 +328,6 @@ def test_the_tracker_agrees_with_arithmetic_done_by_hand():
             w = z.view(10, 100) + 1  # 8000
     assert tracker.peak == 8000
     assert tracker.live == 4 * (z.numel() + w.numel())
-
-
-def test_chunks_are_the_fewest_that_fit():
-    spec, shape, batch = HeadSpec("conv3x3", pool=4, width=64), (64, 32, 32), 256
-    need = {n: head_bytes(spec, shape, K, batch, n) for n in (1, 2, 4, 8, 16, 32)}
-    assert len(set(need.values())) == 6
-    for n in (4, 8, 16, 32):
-        assert chunks_for(spec, shape, K, batch, need[n]) == n
-        assert chunks_for(spec, shape, K, batch, need[n] - 1) == min(2 * n, 32)
-    assert chunks_for(spec, shape, K, batch, 10**12) == 1
-    assert chunks_for(spec, shape, K, batch, 0) == 32
-    assert chunks_for(HeadSpec("linear"), shape, K, batch, 0) == 1
 
 
 # --- width ---
