@@ -46,12 +46,14 @@ T = TypeVar("T")
 
 
 def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
-    """Least squares through (batch, value), with the largest relative residual; never below zero at batch 0."""
+    """Least squares through (batch, value), with the largest relative residual; neither part is negative."""
     if len(set(batches)) == 1:
         return Line(0.0, values[0] / batches[0])
     slope, fixed = (float(v) for v in np.polyfit(batches, values, 1))
     if fixed < 0:
         slope, fixed = max(v / b for b, v in zip(batches, values, strict=True)), 0.0
+    elif slope < 0:  # noise of a clock: more samples never cost less; the largest batch is measured best
+        slope, fixed = values[-1] / batches[-1], 0.0
     residuals = [abs(fixed + slope * b - v) / v for b, v in zip(batches, values, strict=True) if v > 0]
     return Line(fixed, slope, max(residuals, default=0.0))
 
