@@ -52,8 +52,9 @@ def fit(batches: Sequence[int], values: Sequence[float]) -> Line:
     slope, fixed = (float(v) for v in np.polyfit(batches, values, 1))
     if fixed < 0:
         slope, fixed = max(v / b for b, v in zip(batches, values, strict=True)), 0.0
-    elif slope < 0:  # noise of a clock: more samples never cost less; the largest batch is measured best
+    elif slope * (batches[-1] - batches[0]) < -1e-6 * max(values):  # a noisy clock: the largest batch is measured best
         slope, fixed = values[-1] / batches[-1], 0.0
+    slope = max(slope, 0.0)  # a constant, but for rounding
     residuals = [abs(fixed + slope * b - v) / v for b, v in zip(batches, values, strict=True) if v > 0]
     return Line(fixed, slope, max(residuals, default=0.0))
 

@@ -201,6 +201,7 @@ def test_a_fit_gives_back_a_line_and_its_residual():
     assert bent.residual > 0.05
     assert all(bent.at(b) >= v - 1e-9 for b, v in ((8, 100), (32, 100), (128, 500))), "the upper envelope"
     assert fit((4, 8), [2, 10]).at(0) >= 0
+    assert fit((8, 64, 512), [1e7, 1e7, 1e7]).at(0) == pytest.approx(1e7), "gradients do not depend on the batch"
     falling = fit((8, 16, 32), [0.9, 0.5, 0.4])
     assert (falling.fixed, falling.per_sample) == pytest.approx((0, 0.0125)), "seconds on a noisy machine"
     assert fit((4,), [8]) == Line(0, 2)
