@@ -36,8 +36,7 @@ def budget_of(data: ImageData, width: float, config: TrainConfig, share: float) 
     """A share of the peak of backpropagation at batch 128: activations, gradients, weights and optimizer state."""
     cut = split(build("vgg11", width=width), data.shape)
     preprocess = Preprocess(data.normalisation, config.augment)
-    planner = Planner(cut, config, preprocess, True, None, len(data), "vgg11", None)
-    planner.together = True  # as training on the CPU counts: all weights share the memory
+    planner = Planner(cut, config, preprocess, True, None, len(data), "vgg11", None, together=True)
     return int(share * planner.plan(1 << 40).bounds.backpropagation)
 
 

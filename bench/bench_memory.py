@@ -36,8 +36,9 @@ STRATEGIES = ("windows", "layerwise")
 def backpropagation_peak(name: str, width: float, data: ImageData) -> int:
     network = build(name, width=width)
     preprocess = Preprocess(data.normalisation)
-    planner = Planner(split(network, data.shape), TrainConfig(), preprocess, True, None, 10_000, name, None)
-    planner.together = True
+    planner = Planner(
+        split(network, data.shape), TrainConfig(), preprocess, True, None, 10_000, name, None, together=True
+    )
     return planner.plan(1 << 40).bounds.backpropagation
 
 

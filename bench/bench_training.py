@@ -48,8 +48,7 @@ class Bench:
     def planner(self, config: TrainConfig) -> Planner:
         cut = split(build(self.name, width=self.width), self.data.shape)
         preprocess = Preprocess(self.data.normalisation, config.augment)
-        made = Planner(cut, config, preprocess, True, None, len(self.data), self.name, None)
-        made.together = True
+        made = Planner(cut, config, preprocess, True, None, len(self.data), self.name, None, together=True)
         return made
 
     def largest(self, arm: str) -> int:

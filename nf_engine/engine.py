@@ -176,8 +176,7 @@ def plan(
     budget = budget_bytes(settings, torch.device("cpu"), total)
     if profile is not None:
         return partition(profile, settings, budget=budget, samples=samples, together=together)
-    planner = _planner(model, sample, settings, None, samples, classes)
-    planner.together = together
+    planner = _planner(model, sample, settings, None, samples, classes, together=together)
     return planner.plan(budget)
 
 
@@ -249,13 +248,16 @@ def _planner(
     samples: int,
     classes: int,
     batch_sizes: Sequence[int] = BATCHES,
+    together: bool | None = None,
 ) -> Planner:
     shape = _sample_shape(sample)
     network = named_model(model, shape, classes)
     cut = split(network, shape, split_points=settings.split_points)
     identity = Normalisation((0.0,) * shape[0], (1.0,) * shape[0])
     preprocess = Preprocess(identity, settings.augment, settings.seed)
-    return Planner(cut, settings, preprocess, True, device, samples, name_of(network), None, batch_sizes)
+    return Planner(
+        cut, settings, preprocess, True, device, samples, name_of(network), None, batch_sizes, together=together
+    )
 
 
 def _data(train_data: Any, val_data: Any, settings: TrainConfig) -> tuple[ImageData, ImageData]:

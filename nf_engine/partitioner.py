@@ -318,7 +318,6 @@ def partition(
     together: bool = False,
     exact: Mapping[tuple[int, int], Line] | None = None,
     slack: int = 0,
-    host_bytes: int = 0,
 ) -> Plan:
     """The best plan of a profile under a budget.
 
@@ -330,7 +329,6 @@ def partition(
         together: resting weights lie in the budgeted memory (the CPU).
         exact: unit peaks measured whole; they replace the sums over stages.
         slack: bytes that an earlier plan turned out to need beyond its prediction.
-        host_bytes: buffers in host memory beside the budget, to be stated in the plan.
 
     Raises:
         InfeasibleBudgetError: no plan fits; names the stage, its need and the budget.
@@ -347,7 +345,7 @@ def partition(
         chosen = [(units, found[1]) for units in found[0]] if found else None
     if chosen is None:
         raise _infeasible(costs, budget, allowed, smallest_batch(config, target))
-    return _plan(costs, config, chosen, budget, round(allowed), samples, target, host_bytes)
+    return _plan(costs, config, chosen, budget, round(allowed), samples, target)
 
 
 def _plan(
@@ -358,14 +356,12 @@ def _plan(
     allowed: int,
     samples: int,
     target: int,
-    host_bytes: int,
 ) -> Plan:
     profile = costs.profile
     every = tuple(u for units, _ in chosen for u in units)
     overhead = costs.overhead(every)
     blocks = []
     for units, batch in chosen:
-        first, last = units[0][0], units[-1][1]
         plans = []
         for i, j in units:
             chunks, _ = costs.chunks(i, j, batch)
@@ -377,10 +373,9 @@ def _plan(
                 lr=scaled_lr(config, batch),
                 peak=round(costs.block(units, batch, overhead)),
                 seconds=_epoch_seconds(profile, units, batch, samples),
-                cache=_cache_plan(costs, config, first, samples),
+                cache=_cache_plan(costs, config, units[0][0], samples),
             )
         )
-        assert first <= last
     seconds = [b.seconds for b in blocks if b.seconds is not None]
     peak = max(b.peak for b in blocks)
     return Plan(
@@ -395,7 +390,7 @@ def _plan(
         stages=tuple(s.name for s in profile.stages),
         blocks=tuple(blocks),
         bounds=_bounds(costs, target, peak),
-        host_bytes=host_bytes,
+        host_bytes=0,  # until the tiers are decided
         epoch_seconds=sum(seconds) if len(seconds) == len(blocks) else None,
         warnings=_warnings(config, blocks),
     )

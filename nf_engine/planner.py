@@ -39,10 +39,12 @@ class Planner:
         folder: Path | None,
         batch_sizes: Sequence[int] = BATCHES,
         budget: int | None = None,
+        together: bool | None = None,
     ) -> None:
+        """together: resting weights share the budget; where None, if the device is the CPU."""
         self.cut, self.settings, self.preprocess, self.uint8 = cut, settings, preprocess, uint8
         self.device, self.samples, self.folder, self.batch_sizes = device, samples, folder, batch_sizes
-        self.together = device is not None and device.type == "cpu"
+        self.together = device is not None and device.type == "cpu" if together is None else together
         self.profile = profile_stages(
             cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes, budget=budget
         )
