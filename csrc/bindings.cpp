@@ -1,5 +1,6 @@
-// nf_engine._cache: the Python face of csrc/. Buffers, ints and plain records cross; the GIL is released wherever bytes
-// move. nf_engine/_cache.pyi has the signatures.
+// nf_engine._cache: the Python face of csrc/. Ints (addresses, stream handles), buffers and plain records cross; the
+// engine holds no Python object, and the GIL is released wherever bytes move or somebody waits. nf_engine/_cache.pyi
+// has the signatures.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,38 +9,24 @@
 #include <exception>
 #include <utility>
 
+#include "bindings_io.h"
 #include "cache/aligned_buffer.h"
+#include "cache/error.h"
 #include "cache/planner.h"
+#include "cache/reader.h"
 #include "cache/samples.h"
+#include "cache/writer.h"
 #include "io/crc32c.h"
 #include "io/error.h"
 #include "io/file.h"
+#include "io/io_vtable.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// Contiguous bytes of any Python buffer; holds the buffer until it goes out of scope, which needs the GIL.
-class Bytes {
-  public:
-    Bytes(const py::object& object, int flags) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
-    }
-    ~Bytes() { PyBuffer_Release(&view_); }
-    Bytes(const Bytes&) = delete;
-    Bytes& operator=(const Bytes&) = delete;
-    uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }
-    size_t size() const { return static_cast<size_t>(view_.len); }
-
-  private:
-    Py_buffer view_{};
-};
-
-template <typename Call>
-auto without_gil(Call call) {
-    const py::gil_scoped_release release;
-    return call();
-}
+using nf::Bytes;
+using nf::without_gil;
 
 void raise(const char* name, const std::string& message, const py::dict& attributes) {
     const py::object type = py::module_::import("nf_engine.errors").attr(name);
@@ -62,28 +49,46 @@ void raise(const nf::SystemError& error) {
 }
 
 void translate(std::exception_ptr pointer) {
+    using namespace pybind11::literals;
     try {
         if (pointer) std::rethrow_exception(pointer);
     } catch (const nf::SystemError& error) {
         raise(error);
     } catch (const nf::CorruptError& error) {
         raise("CacheCorruptError", error.what(), {});
+    } catch (const nf::FormatError& error) {
+        raise("CacheCorruptError", error.what(), {});
     } catch (const nf::TruncatedError& error) {
+        raise("CacheIncompleteError", error.what(), {});
+    } catch (const nf::IncompleteError& error) {
+        raise("CacheIncompleteError", error.what(), {});
+    } catch (const nf::CountError& error) {
         raise("CacheIncompleteError", error.what(), {});
     } catch (const nf::ClosedError& error) {
         raise("CacheClosedError", error.what(), {});
+    } catch (const nf::MemoryError& error) {
+        raise("CacheError", error.what(), {});
+    } catch (const nf::NonFinite& error) {
+        raise("NonFiniteError", error.what(), {});
+    } catch (const nf::gpu::DeviceError& error) {
+        raise("DeviceLostError", error.what(), py::dict("call"_a = error.call, "code"_a = error.code));
     }
 }
 
-bool all_finite(const py::object& buffer, const std::string& dtype) {
-    const Bytes bytes(buffer, PyBUF_SIMPLE);
-    return without_gil([&] {
-        if (dtype == "fp16") return nf::all_finite16(bytes.data(), bytes.size() / 2, 0x7C00);
-        if (dtype == "bf16") return nf::all_finite16(bytes.data(), bytes.size() / 2, 0x7F80);
-        if (dtype == "fp32") return nf::all_finite32(bytes.data(), bytes.size() / 4, 0x7F800000);
-        throw std::invalid_argument("expected dtype fp32, fp16 or bf16, got " + dtype);
-    });
+// Between two slices of a wait: Ctrl-C is raised here.
+void look_at_signals() {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
+
+const nf::Record* records_of(const Bytes& bytes, size_t count) {
+    if (bytes.size() != count * sizeof(nf::Record))
+        throw std::invalid_argument("expected " + std::to_string(count) + " records of 16 bytes, got " +
+                                    std::to_string(bytes.size()) + " bytes");
+    return reinterpret_cast<const nf::Record*>(bytes.data());
+}
+
+nf::gpu::Stream stream_of(uint64_t handle) { return reinterpret_cast<nf::gpu::Stream>(handle); }
 
 void gather(const py::object& source, const py::array_t<int64_t, py::array::c_style>& offsets, const py::object& out) {
     const Bytes from(source, PyBUF_SIMPLE), to(out, PyBUF_WRITABLE);
@@ -100,11 +105,23 @@ py::array_t<int64_t> plan_order(uint64_t key, int64_t n_samples, int64_t samples
     return py::array_t<int64_t>(static_cast<py::ssize_t>(order.size()), order.data());
 }
 
-uint32_t crc32c(const py::object& buffer, uint32_t crc, bool portable) {
+// Raises NonFiniteError as an append does, for tiers that keep their chunks themselves.
+void copy_finite(const py::object& out, uint64_t address, size_t samples, const py::bytes& header) {
+    const Bytes to(out, PyBUF_WRITABLE), page(header, PyBUF_SIMPLE);
+    const nf::Header parsed = nf::parse_header(page.data(), "header");
+    if (to.size() != samples * parsed.sample_bytes)
+        throw std::invalid_argument("expected out of " + std::to_string(samples * parsed.sample_bytes) +
+                                    " bytes, got " + std::to_string(to.size()));
+    const auto* from = reinterpret_cast<const uint8_t*>(address);
+    if (!without_gil([&] { return nf::copy_finite(to.data(), from, samples, parsed); }))
+        throw nf::NonFinite("a stored value is NaN or infinite");
+}
+
+uint32_t crc32c(const py::object& buffer, uint32_t crc, const std::string& code) {
     const Bytes bytes(buffer, PyBUF_SIMPLE);
     return without_gil([&] {
-        return portable ? nf::crc32c_table(bytes.data(), bytes.size(), crc)
-                        : nf::crc32c(bytes.data(), bytes.size(), crc);
+        return code == "auto" ? nf::crc32c(bytes.data(), bytes.size(), crc)
+                              : nf::crc32c_by(code, bytes.data(), bytes.size(), crc);
     });
 }
 
@@ -118,69 +135,142 @@ py::dict build_info() {
     return py::dict("compiler"_a = NF_COMPILER, "build"_a = type, "crc32c"_a = nf::crc32c_path());
 }
 
-void bind_files(py::module_& module) {
-    using nf::File;
-    using nf::Folder;
+py::dict stats_of(const nf::Stats& stats) {
+    using namespace pybind11::literals;
+    const auto seconds = [](const std::atomic<uint64_t>& ns) { return static_cast<double>(ns.load()) * 1e-9; };
+    return py::dict("bytes_written"_a = stats.bytes_written.load(), "bytes_read"_a = stats.bytes_read.load(),
+                    "rereads"_a = stats.rereads.load(), "write_busy"_a = seconds(stats.write_busy_ns),
+                    "read_busy"_a = seconds(stats.read_busy_ns), "write_stall"_a = seconds(stats.write_stall_ns),
+                    "read_stall"_a = seconds(stats.read_stall_ns), "peak_slabs"_a = stats.peak_slabs.load());
+}
+
+std::unique_ptr<nf::Writer> create(const std::shared_ptr<nf::Engine>& engine, const std::shared_ptr<nf::Folder>& folder,
+                                   const std::string& name, const py::bytes& header, int threads, size_t staging,
+                                   bool durable) {
+    const Bytes page(header, PyBUF_SIMPLE);
+    if (page.size() != nf::kPage || threads < 1 || threads > 64)
+        throw std::invalid_argument("expected a header of 4096 bytes and 1..64 threads, got " +
+                                    std::to_string(page.size()) + " and " + std::to_string(threads));
+    return without_gil(
+        [&] { return std::make_unique<nf::Writer>(engine, folder, name, page.data(), threads, staging, durable); });
+}
+
+std::shared_ptr<nf::Epoch> start(nf::Reader& reader, uint64_t key, size_t batch, int64_t window_chunks, uint64_t first,
+                                 bool drop_last, std::vector<uint64_t> ring, bool on_device, uint64_t stream,
+                                 int threads) {
+    if (batch < 1 || ring.size() < 2 || threads < 1 || threads > 64)
+        throw std::invalid_argument("expected batch >= 1, a ring of 2 slots or more and 1..64 threads, got " +
+                                    std::to_string(batch) + ", " + std::to_string(ring.size()) + " and " +
+                                    std::to_string(threads));
+    nf::EpochOptions options;
+    options.key = key;
+    options.batch = batch;
+    options.window_chunks = window_chunks;
+    options.first = first;
+    options.drop_last = drop_last;
+    options.ring = std::move(ring);
+    options.on_device = on_device;
+    options.stream = stream_of(stream);
+    options.threads = threads;
+    return without_gil([&] { return reader.start(options); });
+}
+
+// (slot, count, records); a count of 0 is the end. The records are copied out.
+py::tuple next(nf::Epoch& epoch, uint64_t stream) {
+    const auto batch = without_gil([&] { return epoch.next(stream_of(stream), look_at_signals); });
+    return py::make_tuple(batch.slot, batch.count,
+                          py::bytes(reinterpret_cast<const char*>(batch.records), batch.count * sizeof(nf::Record)));
+}
+
+py::bytes as_bytes(const std::vector<uint8_t>& data) {
+    return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
+}
+
+void bind_engine(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
-    py::class_<File>(module, "File")
-        .def_property_readonly("direct", &File::direct)
-        .def_property_readonly("path", &File::path)
-        .def("reserve", &File::reserve, py::arg("bytes"), Release())
+    py::class_<nf::Engine, std::shared_ptr<nf::Engine>>(module, "Engine")
+        .def(py::init<size_t, int, double>(), py::arg("pinned_bytes"), py::arg("device"), py::arg("io_timeout"),
+             Release())
+        .def_property_readonly("memory", [](const nf::Engine& engine) { return engine.arena->size(); })
+        .def_property_readonly("pinned", [](const nf::Engine& engine) { return engine.arena->pinned(); })
+        .def_property_readonly("note", [](const nf::Engine& engine) { return engine.arena->note(); })
+        .def("create", &create, py::arg("folder"), py::arg("name"), py::arg("header"), py::arg("threads"),
+             py::arg("staging"), py::arg("durable"))
         .def(
-            "write_chunk",
-            [](File& file, uint64_t offset, const py::object& buffer) {
-                const Bytes bytes(buffer, PyBUF_SIMPLE);
-                return without_gil([&] { return file.write_chunk(offset, bytes.data(), bytes.size()); });
+            "open",
+            [](const std::shared_ptr<nf::Engine>& engine, nf::Folder& folder, const std::string& name) {
+                return without_gil([&] { return std::make_unique<nf::Reader>(engine, folder, name); });
             },
-            py::arg("offset"), py::arg("buffer"))
+            py::arg("folder"), py::arg("name"));
+    py::class_<nf::Writer>(module, "Writer")
         .def(
-            "read",
-            [](File& file, uint64_t offset, const py::object& buffer) {
-                const Bytes bytes(buffer, PyBUF_WRITABLE);
-                without_gil([&] { file.read(offset, bytes.data(), bytes.size()); });
+            "append",
+            [](nf::Writer& writer, uint64_t address, size_t count, const py::object& records) {
+                const Bytes bytes(records, PyBUF_SIMPLE);
+                const nf::Record* members = records_of(bytes, count);
+                without_gil(
+                    [&] { writer.append(reinterpret_cast<const uint8_t*>(address), count, members, look_at_signals); });
             },
-            py::arg("offset"), py::arg("buffer"))
+            py::arg("address"), py::arg("count"), py::arg("records"))
         .def(
-            "read_chunk",
-            [](File& file, uint64_t offset, const py::object& buffer, uint32_t expected_crc) {
-                const Bytes bytes(buffer, PyBUF_WRITABLE);
-                return without_gil([&] { return file.read_chunk(offset, bytes.data(), bytes.size(), expected_crc); });
+            "append_device",
+            [](nf::Writer& writer, uint64_t address, size_t count, const py::object& records, uint64_t stream,
+               size_t slot) {
+                const Bytes bytes(records, PyBUF_SIMPLE);
+                const nf::Record* members = records_of(bytes, count);
+                without_gil(
+                    [&] { writer.append_device(address, count, members, stream_of(stream), slot, look_at_signals); });
             },
-            py::arg("offset"), py::arg("buffer"), py::arg("expected_crc"))
-        .def("fsync", &File::fsync, Release())
-        .def("close", &File::close, Release())
-        .def("stat", [](File& file) {
-            const auto status = without_gil([&] { return file.stat(); });
-            return py::make_tuple(status.size, status.links, status.regular);
-        });
-    py::class_<Folder>(module, "Folder")
-        .def(py::init<std::string>(), py::arg("path"))
-        .def_property_readonly("path", &Folder::path)
-        .def("create", &Folder::create, py::arg("name"))
-        .def("open", &Folder::open, py::arg("name"))
-        .def("rename", &Folder::rename, py::arg("old"), py::arg("new"))
-        .def("unlink", &Folder::unlink, py::arg("name"))
-        .def("free_bytes", &Folder::free_bytes)
-        .def("close", &Folder::close);
+            py::arg("address"), py::arg("count"), py::arg("records"), py::arg("stream"), py::arg("slot"))
+        .def(
+            "fence",
+            [](nf::Writer& writer, size_t slot, uint64_t stream) {
+                without_gil([&] { writer.fence(slot, stream_of(stream)); });
+            },
+            py::arg("slot"), py::arg("stream"))
+        .def("finish",
+             [](nf::Writer& writer) { return as_bytes(without_gil([&] { return writer.finish(look_at_signals); })); })
+        .def("abort", &nf::Writer::abort, Release())
+        .def_property_readonly("direct", &nf::Writer::direct)
+        .def("stats", [](const nf::Writer& writer) { return stats_of(writer.stats()); });
+    py::class_<nf::Epoch, std::shared_ptr<nf::Epoch>>(module, "Epoch")
+        .def("next", &next, py::arg("stream") = 0)
+        .def("stop", &nf::Epoch::stop, Release());
+    py::class_<nf::Reader>(module, "Reader")
+        .def("start", &start, py::arg("key"), py::arg("batch"), py::arg("window_chunks"), py::arg("first"),
+             py::arg("drop_last"), py::arg("ring"), py::arg("on_device"), py::arg("stream"), py::arg("threads"))
+        .def("close", &nf::Reader::close, Release())
+        .def("take_notes", &nf::Reader::take_notes)
+        .def_property_readonly("header", [](const nf::Reader& reader) { return as_bytes(reader.source().header_page); })
+        .def_property_readonly("table", [](const nf::Reader& reader) { return as_bytes(reader.source().table); })
+        .def_property_readonly("path", [](const nf::Reader& reader) { return reader.source().file->path(); })
+        .def_property_readonly("direct", [](const nf::Reader& reader) { return reader.source().file->direct(); })
+        .def("stats", [](const nf::Reader& reader) { return stats_of(reader.source().stats); });
+    module.def("cuda_status", [] {
+        const auto status = without_gil([] { return nf::gpu::status(); });
+        return py::make_tuple(status.available, status.reason);
+    });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cache, module) {
-    module.doc() = "Checked, page-aligned file I/O and the arithmetic of the activation cache.";
+    module.doc() = "The activation cache's engine, checked page-aligned file I/O, and their arithmetic.";
     py::register_local_exception_translator(translate);
+    nf::io::configure();
     py::class_<nf::AlignedBuffer>(module, "AlignedBuffer", py::buffer_protocol())
         .def(py::init<size_t>(), py::arg("bytes"))
         .def("__len__", &nf::AlignedBuffer::size)
         .def_buffer([](nf::AlignedBuffer& buffer) {
             return py::buffer_info(buffer.data(), static_cast<py::ssize_t>(buffer.size()), false);
         });
-    bind_files(module);
-    module.def("crc32c", &crc32c, py::arg("buffer"), py::arg("crc") = 0, py::kw_only(), py::arg("portable") = false);
+    bind_io(module);
+    bind_engine(module);
+    module.def("crc32c", &crc32c, py::arg("buffer"), py::arg("crc") = 0, py::kw_only(), py::arg("code") = "auto");
     module.def("mix", &nf::mix, py::arg("key"), py::arg("i"));
     module.def("plan_order", &plan_order, py::arg("key"), py::arg("n_samples"), py::arg("samples_per_chunk"),
                py::arg("window_chunks"));
     module.def("gather", &gather, py::arg("source"), py::arg("offsets"), py::arg("out"));
-    module.def("all_finite", &all_finite, py::arg("buffer"), py::arg("dtype"));
+    module.def("copy_finite", &copy_finite, py::arg("out"), py::arg("address"), py::arg("samples"), py::arg("header"));
     module.def("build_info", &build_info);
 }

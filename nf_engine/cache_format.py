@@ -1,52 +1,46 @@
-"""Cache format: the layout of a .nfc file, what describes it, and the checks of all but its chunks.
+"""Cache format: what describes a cache, a pass over it and its counts, and the header page that follows from it.
 
 File, version 1, little endian, every part at a multiple of 4096 bytes, so that O_DIRECT accepts it:
     header 4096 | chunks, n x chunk_stride | table, CRC32C of each chunk | footer 4096
 Chunk: samples (C, H, W) back to back, then a record of 16 bytes for each {u64 id, i32 label, u32 copy}, then zeros.
-`CacheGeometry` holds shapes and sizes, `CacheRecord` what a manifest says of one file. Source: the format is ours.
+`CacheGeometry` holds shapes and sizes, `CacheRecord` what a manifest says of one file. The engine (csrc/cache/format.h)
+parses files by themselves; here a file is held against its record. Source: the format is ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import struct
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from nf_engine import _cache
-from nf_engine.errors import CacheCorruptError, CacheIncompleteError, CacheStaleError
-from nf_engine.records import Record
+from nf_engine.errors import CacheStaleError
+from nf_engine.records import Record, stored_bytes
 
 __all__ = [
-    "DTYPES",
     "MIB",
     "PAGE",
     "SAMPLE_RECORD",
     "CacheGeometry",
     "CacheRecord",
+    "CacheStats",
+    "Pass",
     "check_file",
     "check_range",
-    "pack_footer",
     "pack_header",
-    "page_up",
-    "write_part",
 ]
 
 MIB = 1 << 20
 PAGE = 4096
 VERSION = 1
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPE_CODES = {"fp32": 1, "fp16": 2, "bf16": 3}
+CODES = {"fp32": (1, 0), "fp16": (2, 0), "bf16": (3, 0), "u8": (1, 1)}  # stored dtype -> dtype given back, codec
 SAMPLE_RECORD = np.dtype([("id", "<u8"), ("label", "<i4"), ("copy", "<u4")])
 
 HEADER_MAGIC = b"\x89NFC\r\n\x1a\n"
-FOOTER_MAGIC = b"\x89NFE\r\n\x1a\n"
 HEADER = struct.Struct("<8s4I4H8Q2Q2I3I2H2Q32s3Q")
-FOOTER = struct.Struct("<8sIIQIIQQ32s")
 HEADER_FIELDS = (
     *("magic", "version", "header_bytes", "byte_order", "flags", "dtype", "codec", "layout", "ndim"),
     *(f"shape[{i}]" for i in range(8)),
@@ -72,7 +66,7 @@ class CacheGeometry(Record):
 
     Attributes:
         sample_shape: of one sample, (C, H, W) or any 1 to 8 sizes.
-        dtype: stored as "fp32", "fp16" or "bf16".
+        dtype: stored as "fp32", "fp16", "bf16", or "u8": 8 bits per sample and channel, see `codec`.
         samples: number of samples, all copies together.
         copies: augmented copies of the data set among them.
         channels_last: (H, W, C) in memory; needs three sizes.
@@ -87,13 +81,14 @@ class CacheGeometry(Record):
     chunk_bytes: int = MIB
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected dtype fp32, fp16 or bf16, got {self.dtype!r}")
+        if self.dtype not in CODES:
+            raise ValueError(f"expected dtype {', '.join(CODES)}, got {self.dtype!r}")
         check_range("number of sizes in sample_shape", len(self.sample_shape), 1, 8)
         for size in self.sample_shape:
             check_range("size in sample_shape", size, 1, 1 << 31)
-        if self.channels_last and len(self.sample_shape) != 3:
-            raise ValueError(f"channels_last expects a sample of shape (C, H, W), got {self.sample_shape}")
+        for name in ("channels_last",) * self.channels_last + ("u8",) * (self.dtype == "u8"):
+            if len(self.sample_shape) != 3:
+                raise ValueError(f"{name} expects a sample of shape (C, H, W), got {self.sample_shape}")
         check_range("samples", self.samples, 1, 1 << 40)
         check_range("copies", self.copies, 1, 65535)
         check_range("chunk_bytes", self.chunk_bytes, 1, 1 << 26)
@@ -102,7 +97,7 @@ class CacheGeometry(Record):
 
     @property
     def sample_bytes(self) -> int:
-        return math.prod(self.sample_shape) * DTYPES[self.dtype].itemsize
+        return stored_bytes(self.sample_shape, self.dtype)
 
     @property
     def samples_per_chunk(self) -> int:
@@ -136,13 +131,13 @@ class CacheRecord(Record):
 
     Attributes:
         name: file name in its folder.
-        tier: "disk" or "ram"; a ram cache ends with the object that holds it.
+        tier: "disk", "ram" or "device"; the last two end with the object that holds them.
         geometry: shapes and sizes.
         block: number of the block whose inputs these are.
         generation: counts rebuilds.
         fingerprint: 64 hex digits for what the samples were made from.
         order_key, seed_key: keys of the producing pass, kept for a rebuild.
-        table_sha256: of the padded table of checksums, hence of the contents; "" for tier ram.
+        table_sha256: of the padded table of checksums, hence of the contents; "" where there is no file.
     """
 
     name: str
@@ -156,31 +151,42 @@ class CacheRecord(Record):
     table_sha256: str = ""
 
 
-def write_part(file: _cache.File, offset: int, data: bytes) -> None:
-    """Writes whole pages, the header, the table or the footer, from memory that O_DIRECT accepts.
+class Pass(NamedTuple):
+    """One pass over a cache: every sample once, in the order of `key`, in batches from number `first` on."""
 
-    Raises:
-        DiskFullError, StorageError: the file system refuses.
+    key: int
+    batch: int  # samples
+    window: int  # chunks
+    first: int
+    drop_last: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counts since the cache was created or opened.
+
+    bytes_written, bytes_read: moved to and from chunks; write_busy, read_busy: seconds inside the disk's system calls,
+    summed over threads; write_stall, read_stall: seconds that the caller waited; rereads: chunks read a second time;
+    peak_slabs: most slabs in use; direct: the disk is reached past the page cache; pinned: bytes of the engine's host
+    memory that the driver has pinned.
     """
-    buffer = _cache.AlignedBuffer(len(data))
-    memoryview(buffer)[:] = data
-    file.write_chunk(offset, buffer)
 
-
-def _read_part(file: _cache.File, offset: int, size: int) -> bytes:
-    buffer = _cache.AlignedBuffer(size)
-    file.read(offset, buffer)
-    return bytes(memoryview(buffer))
+    bytes_written: int = 0
+    bytes_read: int = 0
+    write_busy: float = 0.0
+    read_busy: float = 0.0
+    write_stall: float = 0.0
+    read_stall: float = 0.0
+    rereads: int = 0
+    peak_slabs: int = 0
+    direct: bool = False
+    pinned: int = 0
 
 
 def _sealed(data: bytes) -> bytes:
     """Padded to a page whose last four bytes are the CRC32C of the others."""
     page = data.ljust(PAGE - 4, b"\0")
     return page + struct.pack("<I", _cache.crc32c(page))
-
-
-def _is_sealed(page: bytes) -> bool:
-    return _sealed(page[:-4]) == page
 
 
 def pack_header(record: CacheRecord) -> bytes:
@@ -192,7 +198,7 @@ def pack_header(record: CacheRecord) -> bytes:
     shape = geometry.sample_shape + (0,) * (8 - len(geometry.sample_shape))
     fields = (
         *(HEADER_MAGIC, VERSION, PAGE, 0x0A0B0C0D, 0),
-        *(DTYPE_CODES[geometry.dtype], 0, int(geometry.channels_last), len(geometry.sample_shape)),
+        *(*CODES[geometry.dtype], int(geometry.channels_last), len(geometry.sample_shape)),
         *shape,
         *(geometry.sample_bytes, geometry.samples, geometry.samples_per_chunk, geometry.chunk_stride),
         *(geometry.chunks, geometry.copies, record.block, 0, 1, record.generation, record.order_key),
@@ -201,56 +207,17 @@ def pack_header(record: CacheRecord) -> bytes:
     return _sealed(HEADER.pack(*fields))
 
 
-def pack_footer(record: CacheRecord, table_crc: int) -> bytes:
-    """The footer page, 4096 bytes, that the record and the CRC32C of the padded table fix."""
-    geometry = record.geometry
-    header_crc = struct.unpack("<I", pack_header(record)[-4:])[0]
-    counts = (geometry.samples, geometry.chunks, table_crc, record.generation, geometry.file_bytes)
-    return _sealed(FOOTER.pack(FOOTER_MAGIC, VERSION, header_crc, *counts, bytes.fromhex(record.fingerprint)))
-
-
-def check_file(file: _cache.File, record: CacheRecord) -> NDArray[np.uint32]:
-    """Every check but those of the chunks.
-
-    The record fixes every byte of the header, and with the table every byte of the footer: no field is believed because
-    the file says so, and comparing whole pages checks all rules of the format at once.
-
-    Returns:
-        The table: CRC32C of each chunk, zeros up to the end of its last page, little endian.
+def check_file(path: str, header: bytes, table: bytes, record: CacheRecord) -> None:
+    """Holds a sound file against its record: every byte of the header and of the table follows from it.
 
     Raises:
-        CacheIncompleteError: the file is shorter or longer than it should be, or was not finished.
-        CacheCorruptError: a checksum does not hold.
-        CacheStaleError: the file is sound, but not the one of the record.
-        StorageError: the file cannot be read.
+        CacheStaleError: the file is not the one of the record; names what differs.
     """
-    geometry, path = record.geometry, file.path
-    size, links, regular = file.stat()
-    if not regular or links != 1:
-        raise CacheCorruptError(f"{path}: expected a regular file with one link, got {links} links; delete it")
-    if size != geometry.file_bytes:
-        raise CacheIncompleteError(f"{path}: expected {geometry.file_bytes} bytes, got {size}; delete it to rebuild")
-    _check_header(path, _read_part(file, 0, PAGE), record)
-    footer = _read_part(file, geometry.footer_offset, PAGE)
-    if footer == bytes(PAGE):
-        raise CacheIncompleteError(f"{path}: has no footer, the writing run stopped early; delete it to rebuild")
-    if not footer.startswith(FOOTER_MAGIC) or not _is_sealed(footer):
-        raise CacheCorruptError(f"{path}: the checksum of the footer does not hold; delete it to rebuild")
-    table = _read_part(file, geometry.table_offset, geometry.footer_offset - geometry.table_offset)
-    if footer != pack_footer(record, _cache.crc32c(table)):
-        raise CacheCorruptError(f"{path}: the table of checksums is not that of the footer; delete it to rebuild")
+    expected = pack_header(record)
+    if header != expected:
+        pairs = zip(HEADER_FIELDS, HEADER.unpack_from(expected), HEADER.unpack_from(header), strict=True)
+        wrong = [f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got]
+        raise CacheStaleError(f"{path}: expected {'; '.join(wrong)}; delete it to rebuild")
     found = hashlib.sha256(table).hexdigest()
     if found != record.table_sha256:
         raise CacheStaleError(f"{path}: expected contents {record.table_sha256}, got {found}; delete it to rebuild")
-    return np.frombuffer(table, "<u4")
-
-
-def _check_header(path: str, header: bytes, record: CacheRecord) -> None:
-    expected = pack_header(record)
-    if header == expected:
-        return
-    if not header.startswith(HEADER_MAGIC) or not _is_sealed(header):
-        raise CacheCorruptError(f"{path}: the checksum of the header does not hold; delete it to rebuild")
-    pairs = zip(HEADER_FIELDS, HEADER.unpack_from(expected), HEADER.unpack_from(header), strict=True)
-    wrong = [f"{name} {want!r}, got {got!r}" for name, want, got in pairs if want != got]
-    raise CacheStaleError(f"{path}: expected {'; '.join(wrong) or 'zeros behind the header'}; delete it to rebuild")

@@ -40,7 +40,7 @@ NOT_CONFIG = (
     "NF_LIBCUDA",
     "NF_DEBUG",
 )  # read elsewhere; the starts of their names
-BYTES = {"memory_budget", "max_cache_bytes"}
+BYTES = {"memory_budget", "max_cache_bytes", "pinned_bytes"}
 SHOWN = 10  # predictions in the text output
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ Budget = Annotated[str | None, typer.Option(help="bytes (512MiB), share of the f
 Partition = Annotated[str | None, typer.Option(help="windows or layerwise")]
 Batch = Annotated[str | None, typer.Option(help="samples a step, or auto")]
 Head = Annotated[str | None, typer.Option(help="linear, conv1x1, conv3x3 or deep")]
-Cache = Annotated[str | None, typer.Option(help="auto, disk, ram or recompute")]
+Cache = Annotated[str | None, typer.Option(help="auto, device, ram, disk or recompute")]
 Augment = Annotated[str | None, typer.Option(help="none, flip or crop-flip")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 Seed = Annotated[int | None, typer.Option()]

@@ -20,8 +20,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "partition": ("windows", "layerwise"),
     "head": ("linear", "conv1x1", "conv3x3", "deep"),
     "optimizer": ("sgd", "adamw"),
-    "cache": ("auto", "disk", "ram", "recompute"),
-    "cache_dtype": ("fp16", "exact"),
+    "cache": ("auto", "device", "ram", "disk", "recompute"),
+    "cache_dtype": ("auto", "exact", "fp16", "bf16", "u8"),
     "augment": ("none", "flip", "crop-flip"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -66,10 +66,14 @@ class TrainConfig:
             linearly (SGD) or with the square root (AdamW) of a block's batch.
         warmup_epochs: epochs of linear warm-up before the cosine, for each block.
         label_smoothing: of every local loss.
-        cache: where a block's outputs wait for the next block; "auto" measures disk, ram and recompute and takes the
-            fastest.
-        cache_dtype: "fp16" or "exact" (the compute dtype).
+        cache: where a block's outputs wait for the next block: "device" (a GPU's own memory), "ram", "disk", or
+            nowhere ("recompute"); "auto" measures them and takes the fastest that fits.
+        cache_dtype: "fp16", "bf16", "exact" (the compute dtype), or "u8" (8 bits per sample and channel, where a
+            channel has 64 values or more); "auto": bf16 if that is the compute dtype, else fp16.
         max_cache_bytes: most bytes of the caches alive at one time, RAM or disk each.
+        pinned_bytes: most bytes of pinned memory that carry a cache to and from its file.
+        durable_cache: sync each finished cache file; without it a power cut may cost a rebuild.
+        io_timeout: seconds after which a request to the disk counts as failed.
         augment: of the training images.
         augment_copies: augmented copies in a cache; 0: two where augmentation is on, else one.
         val_fraction: share of the training data held out for the choice of the exit where no val_data is given.
@@ -99,8 +103,11 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.1
     cache: str = "auto"
-    cache_dtype: str = "fp16"
+    cache_dtype: str = "auto"
     max_cache_bytes: int | str | None = None
+    pinned_bytes: int | str = "64MiB"
+    durable_cache: bool = False
+    io_timeout: float = 300.0
     augment: str = "none"
     augment_copies: int = 0
     val_fraction: float = 0.05
@@ -118,6 +125,7 @@ class TrainConfig:
             self._number(name, int, 0)
         for name in ("lr", "weight_decay", "warmup_epochs"):
             self._number(name, float, 0)
+        self._number("io_timeout", float, 1)
         for name in ("memory_margin", "momentum", "grouping_threshold", "label_smoothing", "val_fraction", "max_drop"):
             self._number(name, float, 0, 1)
         if type(self.head_pool) is not int or self.head_pool not in (1, 2, 4):
@@ -128,6 +136,9 @@ class TrainConfig:
             self._number("batch_size", int, 1)
         if self.max_cache_bytes is not None:
             parse_bytes(self.max_cache_bytes, "max_cache_bytes")
+        parse_bytes(self.pinned_bytes, "pinned_bytes")
+        if type(self.durable_cache) is not bool:
+            raise ConfigError(f"durable_cache must be true or false, got {self.durable_cache!r}")
         points = self.split_points
         if not isinstance(points, (list, tuple)) or not all(isinstance(p, str) for p in points):
             raise ConfigError(f"split_points must be a list of module names, got {self.split_points!r}")
@@ -154,6 +165,11 @@ class TrainConfig:
         need = parse_bytes(budget, "memory_budget")
         if need < 2**20:
             raise ConfigError(f"memory_budget must be at least 1 MiB (1048576 bytes), got {budget!r} = {need} bytes")
+
+    @property
+    def stored_dtype(self) -> str:
+        """What caches hold: "fp32", "fp16", "bf16" or "u8". Everything is computed in float32."""
+        return {"auto": "fp16", "exact": "fp32"}.get(self.cache_dtype, self.cache_dtype)
 
     def with_fields(self, values: dict[str, Any]) -> TrainConfig:
         """This configuration with some fields replaced.
@@ -200,6 +216,8 @@ class TrainConfig:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

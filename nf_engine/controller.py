@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,17 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nf_engine.config import TrainConfig
+from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, watched
 from nf_engine.errors import BudgetExceededError
 from nf_engine.local_step import Unit, make_optimizer
-from nf_engine.partitioner import ITEM
+from nf_engine.partitioner import SlowDisk, choose_again
 from nf_engine.preprocess import Preprocess
-from nf_engine.records import BlockPlan, Plan, format_bytes
+from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
-from nf_engine.storage import ActivationCache, CacheGeometry
+from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions
 from nf_engine.worker import (
     Batch,
     CacheInputs,
@@ -187,6 +187,8 @@ class Controller:
         counter: TensorBytes | None,
     ) -> None:
         started = time.perf_counter()
+        source = _Switch(inputs)
+        disk = _DiskWatch(inputs.cache, block.cache) if isinstance(inputs, CacheInputs) else None
 
         def report(epoch: EpochReport) -> None:
             wanted = min(PREVIEW, max(block.batch, inputs.samples // 50))
@@ -207,10 +209,12 @@ class Controller:
             }
             self.history.append({**line, "seconds": epoch.seconds, "mem/peak": peak})
             self.folder.append("metrics.jsonl", line)
+            if disk is not None and disk.slowed_down(epoch.seconds) and isinstance(inputs, CacheInputs):
+                self._choose_again(number, block, inputs, source, epoch)
 
         train_epochs(
             units,
-            inputs,
+            source,
             block,
             self.config,
             self.device,
@@ -220,6 +224,22 @@ class Controller:
             counter=counter,
         )
         self.seconds["train"] += time.perf_counter() - started
+
+    def _choose_again(
+        self, number: int, block: BlockPlan, inputs: CacheInputs, source: _Switch, epoch: EpochReport
+    ) -> None:
+        """The disk has slowed down: recompute for the rest of the block where that is expected to be faster."""
+        text = (
+            f"block {number}: the disk reads below half of the planned {format_bytes(block.cache.rate)}/s; "
+            f"epoch {epoch.epoch} took {epoch.seconds:.1f} s"
+        )
+        switch = choose_again(block.cache, self.config.epochs, epoch.seconds)
+        if switch:
+            source.current = self._recompute(number, _once_each(inputs.order), self.data)
+            for stage in source.current.prefix:
+                stage.to(self.device).eval()
+        self.observer.note(f"{text}; {'inputs are recomputed from now on' if switch else 'recomputing is no faster'}")
+        self.folder.log("slow_disk", number=number, epoch=epoch.epoch, seconds=epoch.seconds, recompute=switch)
 
     def _leave(
         self,
@@ -240,8 +260,8 @@ class Controller:
             if last:
                 return None, None, scores
             return (
-                self._recompute(number + 1, inputs, self.data),
-                self._recompute(number + 1, held, self.held_out),
+                self._recompute(number + 1, self._recomputed_order(number + 1, "x", inputs), self.data),
+                self._recompute(number + 1, self._recomputed_order(number + 1, "v", held), self.held_out),
                 scores,
             )
         after_held, scores = self._store(number + 1, "v", units, held, block.batch, counter, score=True)
@@ -293,6 +313,8 @@ class Controller:
             block=number,
             fingerprint=self._fingerprint,
             order_key=key,
+            device=self.device,
+            options=self._engine_options(),
         )
         try:
             scores = self._pass(units, inputs, batch, key, cache, counter, score=score)
@@ -301,17 +323,31 @@ class Controller:
             cache.abort()
             raise
         order = _order_after(inputs, key)
-        return CacheInputs(cache, self.device, self.config.seed, number, inputs.samples, inputs.copies, order), scores
+        made = CacheInputs(cache, self.config.seed, number, inputs.samples, inputs.copies, order, plan.window)
+        return made, scores
 
     def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
         shape = self.cut.stages[self.plan.blocks[number].first - 1].output_shape
-        dtype = "fp16" if ITEM[self.config.cache_dtype] == 2 else "fp32"
-        return CacheGeometry(sample_shape=shape, dtype=dtype, samples=samples, copies=copies)
+        return CacheGeometry(sample_shape=shape, dtype=self.config.stored_dtype, samples=samples, copies=copies)
 
-    def _recompute(self, number: int, inputs: Inputs, data: ImageData) -> ImageInputs:
+    def _engine_options(self) -> EngineOptions:
+        config, probe = self.config, self.plan.probe
+        options = EngineOptions(
+            pinned_bytes=parse_bytes(config.pinned_bytes, "pinned_bytes"),
+            durable=config.durable_cache,
+            io_timeout=config.io_timeout,
+        )
+        if probe is None:
+            return options
+        return replace(options, write_threads=probe.write_threads, read_threads=probe.read_threads)
+
+    def _recomputed_order(self, number: int, prefix: str, inputs: Inputs) -> NDArray[np.int64]:
+        """Ids of one copy in the order that a cache before block `number` would have."""
+        return _once_each(_order_after(inputs, counter_key(self.config.seed, "write", prefix, number)))
+
+    def _recompute(self, number: int, order: NDArray[np.int64], data: ImageData) -> ImageInputs:
         """The frozen stages before block `number`, fed with images, in the order that a cache would give."""
         block = self.plan.blocks[number]
-        prefix = "v" if data is self.held_out else "x"
         stages = [s.module for s in self.cut.stages[: block.first]]
         return ImageInputs(
             data,
@@ -321,8 +357,9 @@ class Controller:
             block=number,
             prefix=stages,
             forward_batch=block.cache.forward_batch,
-            order=_once_each(_order_after(inputs, counter_key(self.config.seed, "write", prefix, number))),
+            order=order,
             geometry=self._geometry(number, len(data), 1),
+            window=block.cache.window,
         )
 
     def _now(self, counter: TensorBytes | None) -> tuple[int, int]:
@@ -360,6 +397,39 @@ class Controller:
                 need=peak,
                 budget=self.plan.budget,
             )
+
+
+@dataclass
+class _Switch:
+    """Inputs that can change their source between two epochs."""
+
+    current: Inputs
+
+    @property
+    def samples(self) -> int:
+        return self.current.samples
+
+    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.current.train(epoch, batch)
+
+    def once(self, batch: int, key: int | None) -> Iterator[Batch]:
+        return self.current.once(batch, key)
+
+
+class _DiskWatch:
+    """Holds the reading of a disk cache against its plan, an epoch at a time."""
+
+    def __init__(self, cache: ActivationCache, plan: CachePlan) -> None:
+        self._cache = cache
+        self._slow = SlowDisk(plan.rate if cache.record.tier == "disk" else 0.0)
+        self._before = cache.stats()
+
+    def slowed_down(self, epoch_seconds: float) -> bool:
+        """Once. The rate of an epoch is that of the disk for as long as the training waited for it."""
+        now, before = self._cache.stats(), self._before
+        self._before = now
+        stalled = now.read_stall - before.read_stall
+        return self._slow.add(stalled, int((now.bytes_read - before.bytes_read) * stalled / epoch_seconds))
 
 
 def _order_after(inputs: Inputs, key: int) -> NDArray[np.int64]:

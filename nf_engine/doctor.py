@@ -21,7 +21,7 @@ import nf_engine
 from nf_engine import ops
 from nf_engine.errors import NFError
 from nf_engine.records import format_bytes
-from nf_engine.storage import ActivationCache, CacheGeometry, build_info
+from nf_engine.storage import ActivationCache, CacheGeometry, build_info, direct_io, engine_report
 
 EXTRAS = {"demo": "sklearn", "images": "PIL", "triton": "triton"}  # extra -> module that it brings
 SAMPLES, BATCH, SHAPE = 2048, 128, (64, 16, 16)  # in float16: 64 MiB
@@ -39,6 +39,7 @@ def report(folder: str | Path = ".") -> dict[str, Any]:
             "available": psutil.virtual_memory().available,
         },
         "cuda": _cuda(),
+        "engine": engine_report(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "kernels": _kernels(),
         "disk": _disk(Path(folder)),
         "extras": {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()},
@@ -57,6 +58,14 @@ def text(found: dict[str, Any]) -> str:
     if not cuda["devices"]:
         rows.append(("cuda", f"none: {cuda['why_not']}"))
     rows.append(("kernels", found["kernels"]))
+    engine = found["engine"]
+    rows.append(
+        (
+            "cache engine",
+            f"{format_bytes(engine['memory'])} of host memory, {format_bytes(engine['pinned'])} pinned, "
+            f"{engine['write_threads']} + {engine['read_threads']} threads; {engine['cuda']}",
+        )
+    )
     if "error" in disk:
         rows.append(("disk", f"{disk['folder']}: {disk['error']}"))
     else:
@@ -135,6 +144,6 @@ def _disk_speed(place: Path) -> dict[str, Any]:
     return {
         "write": stats.bytes_written / (written - started),
         "read": stats.bytes_read / (ended - written),
-        "access": "past the page cache" if stats.direct else "through the page cache (reads may come from RAM)",
+        "access": "past the page cache" if stats.direct else f"through the page cache ({direct_io(place)[1]})",
         "free": psutil.disk_usage(str(place)).free,
     }

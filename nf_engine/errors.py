@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "CorruptFileError",
     "DataError",
+    "DeviceLostError",
     "DiskFullError",
     "ExportError",
     "InfeasibleBudgetError",
@@ -171,6 +172,22 @@ class CacheClosedError(CacheError):
     """A cache was used after close() or abort()."""
 
     exit_code = 74
+
+
+class DeviceLostError(NFError):
+    """A call of the CUDA driver failed: nothing more is asked of the device, and nothing was finished after it.
+
+    Attributes:
+        call: name of the driver's function.
+        code: its result, 0 where the device had been lost before.
+    """
+
+    exit_code = 76
+
+    def __init__(self, message: str, *, call: str, code: int) -> None:
+        super().__init__(message)
+        self.call = call
+        self.code = code
 
 
 class DiskFullError(NFError):

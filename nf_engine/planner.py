@@ -12,16 +12,24 @@ from pathlib import Path
 
 import torch
 
-from nf_engine.config import TrainConfig, parse_bytes
+from nf_engine.config import TrainConfig
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.partitioner import TARGET_BATCH, Costs, choose_tier, forward_batch, partition
 from nf_engine.preprocess import Preprocess
-from nf_engine.profiler import BATCHES, block_peak, probe_tiers, profile_stages, profile_unit
-from nf_engine.records import BlockPlan, CachePlan, Line, Plan, UnitPlan, format_bytes
+from nf_engine.profiler import (
+    BATCHES,
+    PROBE_SECONDS,
+    block_peak,
+    fetch_seconds,
+    probe_tiers,
+    profile_stages,
+    profile_unit,
+)
+from nf_engine.records import BlockPlan, CachePlan, Line, Plan, TierProbe, UnitPlan, format_bytes
 from nf_engine.stages import Cut
-from nf_engine.worker import WINDOW
 
 ROUNDS = 8  # of planning: each one measures the units that the one before chose
+SMALL = 32 * 2**20  # bytes of caches for which a short probe will do
 
 
 class Planner:
@@ -49,6 +57,7 @@ class Planner:
             cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes, budget=budget
         )
         self.measured: dict[tuple[int, int], Line] = {}
+        self._probed: TierProbe | None = None
         self._upto: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
 
     def plan(self, budget: int) -> Plan:
@@ -108,19 +117,32 @@ class Planner:
 
     def _with_tiers(self, made: Plan) -> Plan:
         """The plan with the tier of every cache decided: measured for "auto" where there is a device."""
-        costs = Costs(self.profile, self.together, self.measured, self.settings.cache_dtype == "fp16")
+        costs = Costs(self.profile, self.together, self.measured, self.settings.stored_dtype)
+        probe = self._probe(made)
         blocks = list(made.blocks)
         for k, block in enumerate(blocks[1:], 1):
             size = forward_batch(costs, made, block)
-            probe = None
-            if self.settings.cache == "auto" and self.device is not None and self.folder is not None:
-                shape = self.cut.stages[block.first - 1].output_shape
-                limit = self.settings.max_cache_bytes
-                most = None if limit is None else parse_bytes(limit, "max_cache_bytes")
-                probe = probe_tiers(shape, self.settings.cache_dtype, block.batch, self.folder, most)
             blocks[k] = replace(block, cache=choose_tier(self.profile, self.settings, made, k, probe, size))
             made = replace(made, blocks=tuple(blocks))
-        return replace(made, host_bytes=max(_host_bytes(b.cache) for b in blocks))
+        return replace(made, host_bytes=max(_host_bytes(b.cache) for b in blocks), probe=probe)
+
+    def _probe(self, made: Plan) -> TierProbe | None:
+        """Rates and rooms of the tiers, measured once, with the largest samples that the plan caches."""
+        if self.settings.cache != "auto" or self.device is None or self.folder is None or len(made.blocks) == 1:
+            return None
+        if self._probed is None:
+            largest = max(made.blocks[1:], key=lambda b: b.cache.bytes)
+            small = largest.cache.bytes < SMALL
+            self._probed = probe_tiers(
+                self.cut.stages[largest.first - 1].output_shape,
+                largest.batch,
+                self.folder,
+                self.settings,
+                device=self.device,
+                seconds=PROBE_SECONDS / 10 if small else PROBE_SECONDS,
+                fetch=fetch_seconds(self.cut, self.preprocess, self.uint8, made.blocks[0].batch, self.device),
+            )
+        return self._probed
 
     def _with_peaks(self, made: Plan, device: torch.device) -> Plan:
         def peak(block: BlockPlan) -> int:
@@ -135,7 +157,11 @@ class Planner:
                 together=self.together,
             )
 
-        blocks = tuple(replace(b, peak=peak(b)) for b in made.blocks)
+        on_device = [b.cache.bytes if b.cache.tier == "device" else 0 for b in made.blocks] + [0]
+        blocks = tuple(
+            replace(b, peak=peak(b) + on_device[k] + on_device[k + 1])  # the cache it reads, and the one it leaves
+            for k, b in enumerate(made.blocks)
+        )
         most = max(b.peak for b in blocks)
         return replace(made, blocks=blocks, bounds=replace(made.bounds, plan=most))
 
@@ -144,4 +170,4 @@ def _host_bytes(cache: CachePlan) -> int:
     """Host memory that reading a cache takes beside the budget: the window, and the whole cache where it is in RAM."""
     if cache.bytes == 0:
         return 0
-    return min(WINDOW, cache.bytes) + (cache.bytes if cache.tier == "ram" else 0)
+    return min(cache.window, cache.bytes) + (cache.bytes if cache.tier == "ram" else 0)

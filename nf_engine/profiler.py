@@ -9,12 +9,14 @@ Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Profiler); the terms of a u
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -26,21 +28,36 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nf_engine.config import TrainConfig
+from nf_engine.codec import make_codec
+from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.device import Meter, TensorBytes, free_bytes, meter, tensor_bytes
 from nf_engine.errors import BudgetError
 from nf_engine.heads import CHUNKS, Shape, adaptive_width, build_head, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.ops import KERNELS
-from nf_engine.partitioner import TierProbe
 from nf_engine.preprocess import Preprocess
-from nf_engine.records import BlockPlan, HeadProfile, HeadSpec, Line, Profile, StageProfile, UnitPlan
+from nf_engine.records import (
+    ENGINE_SLOTS,
+    BlockPlan,
+    HeadProfile,
+    HeadSpec,
+    Line,
+    Profile,
+    StageProfile,
+    TierProbe,
+    UnitPlan,
+    stored_bytes,
+)
 from nf_engine.stages import Cut
-from nf_engine.storage import ActivationCache, CacheGeometry
+from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord, EngineOptions
 from nf_engine.worker import Batch, forward_block, forward_prefix
 
 BATCHES = (8, 64, 512)
-PROBE_BYTES = 16 * 2**20  # of a tier's probe
+PROBE_BYTES = 256 * 2**20  # most bytes of a file that a probe writes
+PROBE_WINDOW = 8 * 2**20  # a full window would take longer to fill than a measurement
+PROBE_SECONDS = 0.3  # of each measurement of a probe
+PROBE_NAME = "probe.nfc"
+PROBE_THREADS = (1, 2, 4, 8)
 REPEATS = 3
 T = TypeVar("T")
 
@@ -472,40 +489,151 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def probe_tiers(shape: tuple[int, ...], cache_dtype: str, batch: int, folder: Path, max_bytes: int | None) -> TierProbe:
-    """Writes and reads back some hundred samples on each storage tier, and asks how much each may hold.
+def probe_tiers(
+    shape: tuple[int, ...],
+    batch: int,
+    folder: Path,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    seconds: float = PROBE_SECONDS,
+    fetch: float = 0.0,
+) -> TierProbe:
+    """Rates of disk, RAM and copies to the device, and how many bytes disk and RAM may hold; about 9 x `seconds`.
 
     Args:
-        shape: of one sample. cache_dtype: "fp16" or "exact". batch: samples of an append and of a read.
-        folder: where the run's caches will lie. max_bytes: most bytes of a cache, None for no such bound.
+        shape: of one sample. batch: samples of an append and of a read.
+        folder: where the run's caches will lie.
+        config: how samples are stored, bounds of the caches and of the engine's memory.
+        device: where the samples come from and go to.
+        seconds: of each measurement.
+        fetch: seconds to bring one image to the device, measured by the caller.
     """
-    count = max(batch, min(512, PROBE_BYTES // (4 * math.prod(shape)) // batch * batch))
-    geometry = CacheGeometry(sample_shape=shape, dtype="fp16" if cache_dtype == "fp16" else "fp32", samples=count)
-    x = torch.rand(batch, *shape)
-    write, read = {}, {}
-    for tier in ("ram", "disk"):
-        cache = ActivationCache.create(folder, "probe.nfc", geometry, tier=tier)
-        try:
-            started = time.perf_counter()
-            for start in range(0, count, batch):
-                size = min(batch, count - start)
-                ids = torch.arange(start, start + size)
-                cache.append(x[:size], torch.zeros_like(ids), ids)
-            cache.finish()
-            write[tier] = (time.perf_counter() - started) / count
-            started = time.perf_counter()
-            for _ in cache.batches(0, batch, key=1):
-                pass
-            read[tier] = (time.perf_counter() - started) / count
-        finally:
-            cache.close()
-            (folder / "probe.nfc").unlink(missing_ok=True)
-    bound = max_bytes if max_bytes is not None else 1 << 62
+    bound = 1 << 62 if config.max_cache_bytes is None else parse_bytes(config.max_cache_bytes, "max_cache_bytes")
     room = {
-        "ram": min(bound, psutil.virtual_memory().available // 2),
+        "ram": min(bound, free_ram() // 2),
         "disk": min(bound, psutil.disk_usage(str(folder)).free * 9 // 10),
     }
-    return TierProbe(write, read, room)
+    options = EngineOptions(parse_bytes(config.pinned_bytes, "pinned_bytes"), io_timeout=config.io_timeout)
+    place = _ProbeFile(folder, device, options, batch, seconds)
+    write, read = (0.0, options.write_threads), (0.0, options.read_threads)
+    size = stored_bytes(shape, config.stored_dtype)
+    if room["disk"] < 2 * batch * size:  # half of it for records and padding
+        room["disk"] = 0  # too little to measure is too little to use
+    else:
+        most = min(int(PROBE_BYTES * seconds / PROBE_SECONDS), room["disk"] // 2)
+        geometry = CacheGeometry(sample_shape=shape, dtype=config.stored_dtype, samples=max(batch, most // size))
+        write = _fewest(lambda n: place.write(geometry, n)[0])
+        count = max(batch, min(geometry.samples, int(write[0] * seconds / size)))
+        _, record = place.write(replace(geometry, samples=count), write[1], finish=True)
+        assert record is not None, "finished"
+        try:
+            read = _fewest(partial(place.read, record))
+        finally:
+            (folder / PROBE_NAME).unlink()
+    gather = _gather_rate(size, batch, seconds / 3)
+    up, down = _copy_rates(size * batch, device) if device.type == "cuda" else (gather, gather)
+    return TierProbe(write[0], read[0], up, down, gather, fetch, room, write[1], read[1])
+
+
+def _fewest(rate: Callable[[int], float]) -> tuple[float, int]:
+    """The rate of the fewest threads within 5 % of the best, and their number."""
+    rates = {n: rate(n) for n in PROBE_THREADS}
+    threads = next(n for n, r in rates.items() if r >= 0.95 * max(rates.values()))
+    return rates[threads], threads
+
+
+@dataclass(frozen=True)
+class _ProbeFile:
+    """A cache that is written and read only to see how fast that is. Rates are bytes a second that passed the disk."""
+
+    folder: Path
+    device: torch.device
+    options: EngineOptions
+    batch: int
+    seconds: float
+
+    def write(self, geometry: CacheGeometry, threads: int, *, finish: bool = False) -> tuple[float, CacheRecord | None]:
+        """Appends until the time is over or the file is full; `finish`: until it is full, and keeps it."""
+        options = replace(self.options, write_threads=threads)
+        x = torch.rand(self.batch, *geometry.sample_shape, device=self.device)
+        with ActivationCache.create(self.folder, PROBE_NAME, geometry, device=self.device, options=options) as cache:
+            started, record = time.perf_counter(), None
+            for start in range(0, geometry.samples, self.batch):
+                ids = torch.arange(start, min(start + self.batch, geometry.samples))
+                cache.append(x[: len(ids)], torch.zeros_like(ids), ids)
+                if not finish and time.perf_counter() > started + self.seconds:
+                    break
+            else:
+                record = cache.finish()
+            rate = cache.stats().bytes_written / (time.perf_counter() - started)
+        if record is not None and not finish:
+            (self.folder / PROBE_NAME).unlink()
+        return rate, record
+
+    def read(self, record: CacheRecord, threads: int) -> float:
+        """Reads shuffled epochs until the time is over."""
+        options = replace(self.options, read_threads=threads)
+        with ActivationCache.open(self.folder, record, device=self.device, options=options) as cache:
+            epochs = (cache.batches(k, self.batch, key=k, window_bytes=PROBE_WINDOW) for k in itertools.count())
+            started = time.perf_counter()
+            for _ in itertools.chain.from_iterable(epochs):
+                if time.perf_counter() > started + self.seconds:
+                    break
+            return cache.stats().bytes_read / (time.perf_counter() - started)
+
+
+def _gather_rate(size: int, batch: int, seconds: float) -> float:
+    """Bytes a second at which one thread collects random samples in RAM.
+
+    In numpy's memory: like the engine's chunks it is no tensor, so that it does not count against a budget on the CPU.
+    """
+    samples = np.full((max(batch, PROBE_BYTES // (4 * size)), size), 1, np.uint8)
+    out = np.zeros((batch, size), np.uint8)
+    order = np.random.default_rng(0).permutation(len(samples))
+    started, moved = 0.0, -out.nbytes  # the first round only touches the memory
+    while moved <= 0 or time.perf_counter() < started + seconds:
+        started = time.perf_counter() if moved == 0 else started
+        start = moved // size % (len(order) - batch + 1)
+        np.take(samples, order[start : start + batch], axis=0, out=out, mode="clip")
+        moved += out.nbytes
+    return moved / (time.perf_counter() - started)
+
+
+def _copy_rates(size: int, device: torch.device) -> tuple[float, float]:
+    """Bytes a second of copies of a batch from pinned memory to the device, and back."""
+    host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+    there = torch.zeros(size, dtype=torch.uint8, device=device)
+    up = _seconds(lambda: there.copy_(host, non_blocking=True), device)
+    return size / up, size / _seconds(lambda: host.copy_(there, non_blocking=True), device)
+
+
+def fetch_seconds(cut: Cut, preprocess: Preprocess, uint8: bool, batch: int, device: torch.device) -> float:
+    """Seconds to bring one image from host memory through the preprocessing."""
+    images = torch.ones(batch, *cut.input_shape, dtype=torch.uint8 if uint8 else torch.float32)
+    preprocess, ids = copy.copy(preprocess), torch.arange(batch)
+    return _seconds(lambda: preprocess(images[ids].to(device), ids, stream=0), device) / batch
+
+
+def free_ram(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of RAM that can be taken: of the machine, and of each control group (version 2) that this process is in.
+
+    A group counts its page cache as used, though the kernel gives up what has not been used lately: that is added.
+    """
+    free = int(psutil.virtual_memory().available)
+    own = re.search(r"^0::/(.*)$", groups.read_text(encoding="utf-8"), re.MULTILINE) if groups.is_file() else None
+    if own is None:
+        return free
+    for folder in (root / own[1], *(root / own[1]).parents):
+        if not (folder / "memory.max").is_file():
+            continue
+        limit, used = ((folder / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        if limit.strip() != "max":
+            idle = re.search(
+                r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
+            )
+            free = min(free, max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
+    return free
 
 
 def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, device: torch.device) -> Line:
@@ -563,7 +691,7 @@ def block_peak(
 
     Args:
         overhead: bytes of weights beside the block; those that the block itself uses are not counted twice.
-        together: host memory is the device's (the CPU): a cached batch lies there as stored, too.
+        together: host memory is the device's (the CPU), where the slots of the cache engine are not budgeted.
     """
     first, last = block.first, block.last
     modules = [s.module for s in cut.stages[first : last + 1]]
@@ -573,11 +701,19 @@ def block_peak(
     kind = torch.uint8 if uint8 else torch.float32
     preprocess = copy.copy(preprocess)
     shape = cut.stages[first - 1].output_shape if first else cut.input_shape
-    half = config.cache_dtype == "fp16"
+    dtype = config.stored_dtype
+    after = make_codec(dtype, cut.stages[last].output_shape)
     with _copies([*modules, *heads, *frozen], device) as (copies, counter):
         bodies, ready = copies[: len(modules)], copies[len(modules) : len(modules) + len(heads)]
         prefix = [m.eval() for m in copies[len(modules) + len(heads) :]]
         weights = tensor_bytes(t for m in copies for t in (*m.parameters(), *m.buffers()))
+
+        def slots(size: int) -> Tensor:
+            return torch.ones(ENGINE_SLOTS, block.batch, size, dtype=torch.uint8, device=where)
+
+        staging = slots(after.sample_bytes) if together else None
+        # On the CPU a cache that holds float32 hands out its own memory.
+        loose = torch.ones(block.batch, *shape, device=where) if together and dtype == "fp32" else None
         base = counter.now
         counter.reset()
         units = [
@@ -597,26 +733,31 @@ def block_peak(
             if not prefix:
                 return load(images, block.batch)
             size = block.cache.forward_batch
-            return forward_prefix(prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, half)
+            return forward_prefix(
+                prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, dtype
+            )
 
         def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
             cached = bool(first) and not prefix
-            buffer = torch.ones(block.batch, *shape, device=where) if cached else None
-            as_stored = torch.ones(block.batch, *shape, dtype=torch.float16) if cached and half and together else None
+            ring = slots(stored_bytes(shape, dtype)) if cached and not together else None
+            buffer = loose
+            if buffer is None:
+                buffer = torch.ones(block.batch, *shape, device=where) if cached else None
             for _ in range(count):
                 yield (
-                    (inputs() if buffer is None else buffer),
+                    (buffer if cached and buffer is not None else inputs()),
                     torch.zeros(block.batch, dtype=torch.int64, device=where),
                 )
-            del as_stored
+            del ring
 
         train_block(units, batches(2), torch.zeros(len(units), device=where))
-        stored = torch.float16 if half else torch.float32
         host = torch.arange(block.batch)
         evaluated = (Batch(x, y, host, host) for x, y in batches(1))
 
+        staging = slots(after.sample_bytes) if staging is None else staging
+
         def write(h: Tensor, _: Batch) -> None:
-            h.to(stored)
+            after.encode(h, staging[0])
 
         forward_block(units, evaluated, score=True, write=write, device=where)
         return int(counter.peak - base + max(overhead, weights))

@@ -206,12 +206,46 @@ class UnitPlan(Record):
     peak: int
 
 
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+ENGINE_SLOTS = 2  # batches as stored that wait on a device, on the way to a cache file, and on the way back
+WINDOW = 64 * 2**20  # bytes of a cache that are mixed with each other while it is read
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of one cached sample (C, ...); "u8" holds 8 bytes a channel and one a value, up to a multiple of 16."""
+    values = math.prod(shape)
+    return -(-(8 * shape[0] + values) // 16) * 16 if dtype == "u8" else values * ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TierProbe(Record):
+    """What the places of a cache were measured to do; all rates in bytes a second.
+
+    write, read: of the disk, the latter in shuffled chunks; up, down: copies to and from the device (on the CPU there
+    are none: the rate of gather); gather: of samples in RAM. fetch: seconds to bring one image to the device.
+    room: bytes that "ram" and "disk" may hold; write_threads, read_threads: the fewest that reach these rates.
+    """
+
+    write: float
+    read: float
+    up: float
+    down: float
+    gather: float
+    fetch: float
+    room: dict[str, int]
+    write_threads: int = 2
+    read_threads: int = 2
+
+
 @dataclass(frozen=True, slots=True)
 class CachePlan(Record):
-    """Where the inputs of a block wait. tier: "images" (first block), "disk", "ram", "recompute" or "auto".
+    """Where the inputs of a block wait. tier: "images" (first block), "device", "ram", "disk", "recompute" or "auto".
 
-    bytes: size of the cache, all copies; seconds: what each tier was measured or predicted to cost this block;
-    reason: why this tier, in words; forward_batch: samples a forward pass of recomputation takes at a time.
+    dtype: as stored, "fp32", "fp16", "bf16" or "u8"; bytes: of all samples, all copies; seconds: what each tier that
+    fits was predicted to cost this block, dropped: why another does not fit; reason: why this tier, in words.
+    forward_batch: samples a forward pass of recomputation takes at a time, 0 where not even one fits.
+    window: bytes that are mixed with each other while the cache is read, on every tier the same.
+    rate, write_rate: bytes a second planned for reading and writing, 0 where nothing was measured.
     """
 
     tier: str
@@ -221,6 +255,10 @@ class CachePlan(Record):
     seconds: dict[str, float]
     reason: str
     forward_batch: int = 0
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    window: int = WINDOW
+    rate: float = 0.0
+    write_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +297,10 @@ class Bounds(Record):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Record):
-    """What will be trained, in which pieces, with how much memory. overhead: bytes resident beside every block."""
+    """What will be trained, in which pieces, with how much memory.
+
+    overhead: bytes resident beside every block; probe: the rates that the tiers were chosen by, where any was measured.
+    """
 
     model: str
     strategy: str
@@ -275,6 +316,7 @@ class Plan(Record):
     host_bytes: int
     epoch_seconds: float | None
     warnings: tuple[str, ...]
+    probe: TierProbe | None = None
 
     @property
     def peak(self) -> int:

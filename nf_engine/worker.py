@@ -21,16 +21,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, watched
 from nf_engine.errors import NonFiniteError
 from nf_engine.local_step import Unit, train_block
 from nf_engine.preprocess import Preprocess
-from nf_engine.records import BlockPlan
+from nf_engine.records import WINDOW, BlockPlan
 from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
-
-WINDOW = 64 * 2**20  # bytes of a cache that are mixed with each other while it is read
 
 
 def counter_key(*parts: object) -> int:
@@ -121,20 +120,19 @@ class ImageInputs:
         """Host images (N, C, H, W) -> the block's inputs on the device."""
         if not self.prefix:
             return self.preprocess(images.to(self.device, non_blocking=True), ids, stream=stream)
-        half = self.geometry is not None and self.geometry.dtype == "fp16"
         size = self.forward_batch or len(images)
 
         def load(start: int) -> Tensor:
             part = images[start : start + size].to(self.device, non_blocking=True)
             return self.preprocess(part, ids[start : start + size], stream=stream)
 
-        return forward_prefix(self.prefix, load, len(images), size, half)
+        return forward_prefix(self.prefix, load, len(images), size, self.geometry.dtype if self.geometry else "fp32")
 
 
 def forward_prefix(
-    prefix: Sequence[nn.Module], load: Callable[[int], Tensor], count: int, size: int, half: bool
+    prefix: Sequence[nn.Module], load: Callable[[int], Tensor], count: int, size: int, dtype: str
 ) -> Tensor:
-    """Frozen stages over `count` samples, `size` at a time, rounded as the cache would: (count, C, H, W) float32.
+    """Frozen stages over `count` samples, `size` at a time, rounded as a cache of that dtype would: (count, C, H, W).
 
     load(start) gives the preprocessed images from `start` on.
     """
@@ -144,14 +142,24 @@ def forward_prefix(
             h = load(start)
             for stage in prefix:
                 h = stage(h)
-            if half:
-                h = h.half()
             if out is None:
                 out = torch.empty((count, *h.shape[1:]), dtype=torch.float32, device=h.device)
-            out[start : start + size] = h
+            round_as_stored(h, out[start : start + size], dtype)
             del h
     assert out is not None
     return out
+
+
+def round_as_stored(h: Tensor, out: Tensor, dtype: str) -> None:
+    """out = h (N, C, H, W) as it comes back from a cache of that dtype."""
+    if dtype == "fp32":
+        out.copy_(h)
+        return
+    codec = make_codec(dtype, tuple(h.shape[1:]))
+    stored = torch.empty(len(h), codec.sample_bytes, dtype=torch.uint8, device=h.device)
+    codec.encode(h, stored)
+    del h
+    codec.decode(stored, out)
 
 
 WRITE_STREAM = 1 << 20  # augmentation streams of cached copies; epochs count from 0
@@ -167,7 +175,6 @@ class CacheInputs:
     """A finished cache as the inputs of a block. A pass over V copies is V epochs."""
 
     cache: ActivationCache
-    device: torch.device
     seed: int
     block: int
     samples: int
@@ -204,10 +211,10 @@ class CacheInputs:
 
     def _batches(self, batch: int, key: int | None, drop_last: bool = False) -> Iterator[Batch]:
         read = self.cache.batches(
-            0, batch, key=0 if key is None else key, drop_last=drop_last, device=self.device, window_bytes=self.window
+            0, batch, key=0 if key is None else key, drop_last=drop_last, window_bytes=self.window
         )
         for b in read:
-            yield Batch(b.x, b.labels.to(self.device, non_blocking=True), b.ids, b.copies)
+            yield Batch(b.x, b.labels, b.ids, b.copies)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

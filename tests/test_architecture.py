@@ -35,10 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     "local_step": {"heads"},
     "partitioner": set(),
     "run_folder": {"_cache"},
+    "codec": set(),
     "cache_format": {"_cache"},
-    "storage": {"_cache", "cache_format"},
-    "worker": {"data", "local_step", "preprocess", "storage"},
-    "profiler": {"heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
+    "disk_tier": {"_cache", "cache_format", "codec"},
+    "memory_tier": {"_cache", "cache_format", "codec"},
+    "storage": {"_cache", "cache_format", "codec", "disk_tier", "memory_tier"},
+    "worker": {"codec", "data", "local_step", "preprocess", "storage"},
+    "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
     "planner": {"partitioner", "preprocess", "profiler", "stages", "worker"},
     "controller": {"data", "local_step", "partitioner", "preprocess", "run_folder", "stages", "storage", "worker"},
     "progress": set(),
@@ -115,7 +118,7 @@ def test_only_ops_imports_kernels():
 
 
 def test_only_the_cache_and_the_run_folder_import_the_compiled_module():
-    assert "storage" in importers("_cache") <= {"cache_format", "storage", "run_folder"}
+    assert "storage" in importers("_cache") <= {"cache_format", "disk_tier", "memory_tier", "storage", "run_folder"}
 
 
 def test_only_the_command_line_imports_the_engine():

@@ -32,8 +32,9 @@ NUMBERS = {
     "label_smoothing": (float, 0, 1),
     "val_fraction": (float, 0, 1),
     "max_drop": (float, 0, 1),
+    "io_timeout": (float, 1, None),
 }
-OTHER = {"memory_budget", "max_cache_bytes", "split_points", "head_pool"}
+OTHER = {"memory_budget", "max_cache_bytes", "pinned_bytes", "durable_cache", "split_points", "head_pool"}
 
 
 def refused(**fields):
@@ -127,6 +128,28 @@ def test_the_bound_of_the_caches_is_bytes_or_none():
         )
 
 
+def test_the_bound_of_pinned_memory_is_bytes():
+    assert TrainConfig().pinned_bytes == "64MiB"
+    for value in (0, 10**9, "1GiB"):
+        assert TrainConfig(pinned_bytes=value).pinned_bytes == value
+    for value in (-1, 0.5, "half", False, None):
+        assert f"pinned_bytes must be bytes such as 268435456, '256MiB' or '2GB', got {value!r}" in refused(
+            pinned_bytes=value
+        )
+
+
+def test_whether_a_cache_is_durable_is_yes_or_no():
+    assert [TrainConfig(durable_cache=v).durable_cache for v in (True, False)] == [True, False]
+    for value in (1, 0, None, "true"):
+        assert refused(durable_cache=value) == f"durable_cache must be true or false, got {value!r}"
+
+
+def test_what_caches_hold_follows_from_the_setting():
+    held = {name: TrainConfig(cache_dtype=name).stored_dtype for name in CHOICES["cache_dtype"]}
+    assert held == {"auto": "fp16", "exact": "fp32", "fp16": "fp16", "bf16": "bf16", "u8": "u8"}
+    assert TrainConfig().cache_dtype == "auto"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -200,6 +223,9 @@ VALID = st.fixed_dictionaries(
         "weight_decay": st.floats(0, allow_infinity=False),
         "momentum": share(),
         "max_cache_bytes": st.one_of(st.none(), st.integers(0, 2**62), st.just("7GiB")),
+        "pinned_bytes": st.one_of(st.integers(0, 2**62), st.just("1GiB")),
+        "durable_cache": st.booleans(),
+        "io_timeout": st.floats(1, allow_infinity=False),
         "seed": st.integers(0, 2**64),
         **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},
     },

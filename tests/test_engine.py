@@ -27,7 +27,7 @@ from nf_engine.errors import (
 )
 from nf_engine.exits import evaluate
 from nf_engine.models import build
-from nf_engine.records import Plan
+from nf_engine.records import Plan, TierProbe
 
 QUIET = {"progress": "none", "device": "cpu"}
 
@@ -142,6 +142,61 @@ def test_a_run_stays_in_its_budget_on_every_tier(tmp_path, digits, cache, augmen
         assert block.peak == pytest.approx(memory.allocated, rel=0.05)
         assert block.cache.copies == (2 if block.cache.tier in ("disk", "ram") and augment != "none" else 1)
     assert not list((tmp_path / "run").glob("*.nfc")), "used caches are deleted"
+
+
+TWO_BLOCKS = {
+    **{"partition": "layerwise", "grouping_threshold": 0.0},
+    **{"batch_size": 50, "split_points": ("features.4",)},
+}
+
+
+def test_every_stored_dtype_trains_and_disk_ram_and_recomputation_agree(tmp_path, digits):
+    train, test = digits
+    losses = {}
+    for dtype in ("exact", "bf16", "u8"):
+        for cache in ("disk", "ram", "recompute"):
+            torch.manual_seed(0)
+            result = nf_engine.train(
+                build("vgg11", width=0.125), train, test, memory_budget="16MiB", epochs=1, cache=cache,
+                cache_dtype=dtype, **TWO_BLOCKS, output_dir=tmp_path / f"{dtype}-{cache}", **QUIET,
+            )  # fmt: skip
+            assert [b.cache.tier for b in result.plan.blocks] == ["images", cache]
+            losses[dtype, cache] = [e.loss for e in result.exits]
+        assert losses[dtype, "disk"] == losses[dtype, "ram"], "the tier changes time, never numbers"
+        assert losses[dtype, "recompute"] == pytest.approx(losses[dtype, "disk"], rel=1e-2)
+    # Nothing is rounded and the order is the same; the held-out batches differ, hence the last bits of their sums.
+    assert losses["exact", "recompute"] == pytest.approx(losses["exact", "disk"], rel=1e-6)
+    assert losses["u8", "disk"] != losses["exact", "disk"]
+
+
+def test_a_disk_that_slows_down_is_given_up_once_and_the_numbers_stay(tmp_path, digits, monkeypatch):
+    """The rule itself is tested with the partitioner; here it has spoken after the first epoch of block 1."""
+    train, test = digits
+    fast_disk = TierProbe(1e12, 1e12, 1e12, 1e12, 1e12, 1e-6, {"ram": 0, "disk": 1 << 40})
+    monkeypatch.setattr("nf_engine.planner.probe_tiers", lambda *_, **__: fast_disk)
+    spoken = []
+
+    def slowed_down(watch, seconds):
+        spoken.append(seconds)
+        return len(spoken) == 1
+
+    runs = {}
+    for name in ("steady", "slow"):
+        if name == "slow":
+            monkeypatch.setattr("nf_engine.controller._DiskWatch.slowed_down", slowed_down)
+        monkeypatch.setattr("nf_engine.controller.choose_again", lambda *_: True)
+        torch.manual_seed(0)
+        runs[name] = nf_engine.train(
+            build("vgg11", width=0.125), train, test, memory_budget="16MiB", epochs=3, cache="auto",
+            cache_dtype="exact", **TWO_BLOCKS, output_dir=tmp_path / name, **QUIET,
+        )  # fmt: skip
+    assert [b.cache.tier for b in runs["slow"].plan.blocks] == ["images", "disk"]
+    assert runs["slow"].plan.blocks[1].cache.forward_batch > 0
+    events = [json.loads(line) for line in (tmp_path / "slow" / "log.jsonl").read_text().splitlines()]
+    assert [(e["number"], e["epoch"], e["recompute"]) for e in events if e["event"] == "slow_disk"] == [(1, 0, True)]
+    assert len(spoken) == 3
+    assert [e.loss for e in runs["slow"].exits] == [e.loss for e in runs["steady"].exits]
+    assert max(m.allocated for m in runs["slow"].memory) <= runs["slow"].plan.budget
 
 
 def test_the_run_folder_holds_the_plan_the_settings_and_the_blocks(tmp_path, digits):

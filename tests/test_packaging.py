@@ -50,7 +50,13 @@ def test_the_wheel_holds_both_packages_and_the_compiled_module(tmp_path):
     assert sum(name.startswith("nf_engine/_cache.") and name.endswith(".so") for name in names) == 1
     sources = [path.relative_to(tree).as_posix() for path in (tree / "nf_engine").rglob("*.py")]
     kernels = [f"nf_engine/{path.relative_to(tree).as_posix()}" for path in (tree / "kernels").glob("*.py")]
-    assert {*sources, *kernels, "nf_engine/py.typed", "nf_engine/_cache.pyi"} <= set(names)
+    assert {
+        *sources,
+        *kernels,
+        "nf_engine/py.typed",
+        "nf_engine/_cache/__init__.pyi",
+        "nf_engine/_cache/io.pyi",
+    } <= set(names)
     assert {name.split("/")[0] for name in names} == {"nf_engine", "nf_engine-0.1.0.dist-info"}
     entry_points = zipfile.ZipFile(wheel).read("nf_engine-0.1.0.dist-info/entry_points.txt").decode()
     assert "nf-engine = nf_engine.cli:main" in entry_points

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from nf_engine import profiler
+from nf_engine import planner, profiler
 from nf_engine.config import TrainConfig
 from nf_engine.device import TensorBytes
 from nf_engine.errors import BudgetError
@@ -18,8 +20,8 @@ from nf_engine.models import build
 from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import fit, fit_bytes, flops_of, profile_stages, profile_unit
-from nf_engine.records import Line, UnitPlan
+from nf_engine.profiler import fit, fit_bytes, flops_of, free_ram, probe_tiers, profile_stages, profile_unit
+from nf_engine.records import Line, Plan, TierProbe, UnitPlan
 from nf_engine.stages import split
 
 CPU = torch.device("cpu")
@@ -239,3 +241,145 @@ def test_the_plan_fills_its_budget_and_keeps_it(name, strategy):
         assert plan.peak <= 0.95 * share * bound
         if strategy == "layerwise":
             assert plan.peak >= 0.85 * share * bound
+
+
+class SlowCache:
+    """A cache on a disk of known speed: its clock stands still but for the bytes that it moves."""
+
+    now = 0.0
+    opened: list = []  # noqa: RUF012
+    writing = {1: 50e6, 2: 96e6, 4: 100e6, 8: 99e6}  # noqa: RUF012
+    reading = {1: 200e6, 2: 100e6, 4: 150e6, 8: 209e6}  # noqa: RUF012
+
+    def __init__(self, folder, geometry, rate):
+        self.folder, self.geometry, self.rate, self.moved = folder, geometry, rate, 0
+
+    @classmethod
+    def create(cls, folder, name, geometry, *, device, options):
+        assert not list(folder.iterdir()), "the file before is gone"
+        cls.opened.append(("write", options.write_threads, geometry.samples))
+        return cls(folder, geometry, cls.writing[options.write_threads])
+
+    @classmethod
+    def open(cls, folder, record, *, device, options):
+        cls.opened.append(("read", options.read_threads, record.samples))
+        return cls(folder, record, cls.reading[options.read_threads])
+
+    def move(self, samples):
+        self.moved += samples * self.geometry.sample_bytes
+        type(self).now += samples * self.geometry.sample_bytes / self.rate
+
+    def append(self, x, labels, ids):
+        assert len(x) == len(labels) == len(ids)
+        self.move(len(x))
+
+    def finish(self):
+        (self.folder / "probe.nfc").touch()
+        return self.geometry
+
+    def batches(self, epoch, batch, *, key, window_bytes):
+        for _ in range(self.geometry.samples // batch):
+            self.move(batch)
+            yield None
+
+    def stats(self):
+        return SimpleNamespace(bytes_written=self.moved, bytes_read=self.moved)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("shape", "room"), [((16, 8, 8), "1GiB"), ((16, 8, 8), "2MiB"), ((64, 56, 56), "1GiB")])
+def test_a_probe_takes_the_fewest_threads_within_five_percent_of_the_best(tmp_path, monkeypatch, shape, room):
+    monkeypatch.setattr(profiler, "ActivationCache", SlowCache)
+    monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=lambda: SlowCache.now))
+    monkeypatch.setattr(profiler, "_gather_rate", lambda *_: 5e9)
+    monkeypatch.setattr(SlowCache, "now", 0.0)
+    monkeypatch.setattr(SlowCache, "opened", [])
+    config = TrainConfig(max_cache_bytes=room)  # 1 MiB is full before the time is over
+    found = probe_tiers(shape, 16, tmp_path, config, device=CPU, seconds=0.3, fetch=0.25)
+    assert (found.write_threads, found.read_threads) == (2, 1)
+    assert (found.write, found.read) == pytest.approx((96e6, 200e6))
+    assert (found.up, found.down, found.gather, found.fetch) == (5e9, 5e9, 5e9, 0.25)
+    assert [step[:2] for step in SlowCache.opened] == [
+        *(("write", n) for n in (1, 2, 4, 8)),
+        ("write", 2),  # the file to read
+        *(("read", n) for n in (1, 2, 4, 8)),
+    ]
+    a_batch = 16 * 2 * shape[0] * shape[1] * shape[2] / 50e6
+    assert SlowCache.now <= 9 * (0.3 + a_batch), "no measurement runs longer than asked"
+    assert found.room["disk"] <= 2**30
+    assert found.room["ram"] <= 2**30
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_with_no_room_for_a_probe_has_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiler, "ActivationCache", None)
+    found = probe_tiers((64, 16, 16), 32, tmp_path, TrainConfig(max_cache_bytes="1MiB"), device=CPU, seconds=0.01)
+    assert (found.room["disk"], found.write, found.read) == (0, 0.0, 0.0)
+    assert found.gather > 0
+
+
+def test_a_probe_of_the_real_disk_leaves_nothing_behind(tmp_path):
+    with TensorBytes() as counter:
+        found = probe_tiers((16, 16, 16), 32, tmp_path, TrainConfig(), device=CPU, seconds=0.02)
+    assert min(found.write, found.read, found.gather) > 10**5, "bytes a second"
+    assert {found.write_threads, found.read_threads} <= {1, 2, 4, 8}
+    assert 0 < found.room["ram"] <= psutil.virtual_memory().total
+    assert 0 < found.room["disk"] <= psutil.disk_usage(str(tmp_path)).total
+    assert counter.peak <= 4 * 32 * 16**3 * 4, "a few batches: it may run inside a small budget"
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_ram_is_that_of_the_tightest_control_group(tmp_path):
+    def group(path, limit, used, idle):
+        path.mkdir(exist_ok=True)
+        (path / "memory.max").write_text(f"{limit}\n")
+        (path / "memory.current").write_text(f"{used}\n")
+        (path / "memory.stat").write_text(f"anon 5\nfile 7\ninactive_file {idle}\nactive_file 9\n")
+
+    own = tmp_path / "cgroup.txt"
+    own.write_text("3:cpu:/other\n0::/outer/inner\n")
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "inner"
+    group(outer, "max", 10**6, 0)
+    group(inner, 10**6, 700_000, 50_000)
+    assert free_ram(own, tmp_path) == 350_000
+    group(outer, 2 * 10**6, 1_900_000, 10_000)
+    assert free_ram(own, tmp_path) == 110_000, "the group around it is tighter"
+    group(inner, 10**6, 1_200_000, 0)
+    assert free_ram(own, tmp_path) == 0
+    group(inner, "max", 0, 0)
+    group(outer, "max", 0, 0)
+    everything = psutil.virtual_memory().available
+    assert free_ram(own, tmp_path) == pytest.approx(everything, rel=0.2)
+    assert free_ram(tmp_path / "gone", tmp_path) == pytest.approx(everything, rel=0.2)
+
+
+def test_tiers_are_probed_once_and_the_plan_shows_it(tmp_path, monkeypatch):
+    made = TierProbe(1e9, 2e9, 3e9, 3e9, 3e9, 1e-5, {"ram": 0, "disk": 10**12}, 4, 8)
+    calls = []
+
+    def probe(shape, batch, folder, config, **rest):
+        calls.append((shape, batch, folder, rest["seconds"]))
+        assert rest["fetch"] > 0
+        return made
+
+    monkeypatch.setattr(planner, "probe_tiers", probe)
+    cut = split(build("vgg11", width=0.125), (3, 32, 32))
+    config = TrainConfig(partition="layerwise", grouping_threshold=0.0, batch_size=32)
+    work = Planner(cut, config, PLAIN, True, CPU, 5000, "vgg11", tmp_path)
+    plan = work.plan(8 * 2**20)
+    assert work.plan(8 * 2**20) == plan
+    (call,) = calls
+    largest = max(plan.blocks[1:], key=lambda b: work.profile.stages[b.first - 1].output)
+    assert call[0] == work.profile.stages[largest.first - 1].output_shape
+    assert call[1:3] == (largest.batch, tmp_path)
+    assert plan.probe == made
+    assert Plan.from_json(plan.to_json()) == plan
+    assert {b.cache.tier for b in plan.blocks[1:]} <= {"disk", "recompute"}
+    for block in plan.blocks[1:]:
+        assert set(block.cache.seconds) | set(block.cache.dropped) == {"ram", "disk", "recompute"}
+        assert "ram" in block.cache.dropped

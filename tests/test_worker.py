@@ -183,7 +183,7 @@ def store(first, data, shape, folder, dtype, tier, batch=32, copies=1, preproces
     )
     cache.finish()
     order = np.tile(source.order_ids()[source.positions(key)], copies)
-    return CacheInputs(cache, CPU, 0, 1, len(data), copies, order), geometry, order
+    return CacheInputs(cache, 0, 1, len(data), copies, order), geometry, order
 
 
 def losses_of(unit, inputs, config, batch=32):

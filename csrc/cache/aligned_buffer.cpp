@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -18,9 +20,21 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : data_(nullptr), size_(bytes), owner
     ::madvise(mapped, bytes, MADV_HUGEPAGE);  // a hint: without huge pages it is only slower
 }
 
+void AlignedBuffer::touch() {
+    for (size_t at = 0; at < size_; at += 4096) static_cast<volatile uint8_t*>(data_)[at] = 0;
+}
+
 AlignedBuffer::~AlignedBuffer() {
     // In a forked child the range was never mapped and may by now be someone else's.
     if (::getpid() == owner_) ::munmap(data_, size_);
+}
+
+void poison(uint8_t* data, size_t bytes) {
+    static const bool wanted = [] {
+        const char* text = std::getenv("NF_DEBUG_POISON");
+        return text != nullptr && std::strcmp(text, "1") == 0;
+    }();
+    if (wanted) std::memset(data, 0xA5, bytes);
 }
 
 }  // namespace nf

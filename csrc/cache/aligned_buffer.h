@@ -15,11 +15,16 @@ class AlignedBuffer {
 
     uint8_t* data() const { return data_; }
     size_t size() const { return size_; }
+    void touch();                // every page is there afterwards
+    void leak() { owner_ = 0; }  // on purpose: somebody may write to it for ever
 
   private:
     uint8_t* data_;
     size_t size_;
     int owner_;  // process that mapped it
 };
+
+// Fills memory that nobody may read any more with 0xA5 where NF_DEBUG_POISON=1, so that a late reader is seen.
+void poison(uint8_t* data, size_t bytes);
 
 }  // namespace nf

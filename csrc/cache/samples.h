@@ -4,13 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cache/format.h"
+
 namespace nf {
 
 // out[i] = the `size` bytes of `source` at offsets[i].
 void gather(const uint8_t* source, size_t source_size, const int64_t* offsets, size_t count, uint8_t* out, size_t size);
 
-// Whether no value is NaN or infinite, that is, whether no value has all of `exponent` set.
-bool all_finite16(const uint8_t* data, size_t count, uint16_t exponent);
-bool all_finite32(const uint8_t* data, size_t count, uint32_t exponent);
+// Copies whole samples as they are stored; false where a value is NaN or infinite: of codec affine8, a lo or a step.
+bool copy_finite(uint8_t* to, const uint8_t* from, size_t samples, const Header& header);
 
 }  // namespace nf

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
@@ -60,9 +61,17 @@ struct Tables {
     }
 };
 
-const Tables& tables() {
-    static const Tables built;
-    return built;
+const Tables table;
+
+uint32_t by_table(const uint8_t* data, size_t size, uint32_t crc) {
+    uint32_t value = ~crc;
+    for (; size >= 8; data += 8, size -= 8) {
+        const uint64_t word = load64(data) ^ value;
+        value = 0;
+        for (int k = 0; k < 8; ++k) value ^= table.byte[7 - k][word >> (8 * k) & 255];
+    }
+    for (; size; ++data, --size) value = table.zero_byte(value ^ *data);
+    return ~value;
 }
 
 #ifdef NF_CRC_TARGET
@@ -71,18 +80,26 @@ NF_CRC_TARGET inline uint32_t step64(uint32_t crc, uint64_t value) {
     return static_cast<uint32_t>(_mm_crc32_u64(crc, value));
 }
 NF_CRC_TARGET inline uint32_t step8(uint32_t crc, uint8_t value) { return _mm_crc32_u8(crc, value); }
-bool supported() { return __builtin_cpu_supports("sse4.2"); }
-constexpr const char* kHardware = "sse4.2";
+bool supported() {
+    __builtin_cpu_init();  // this runs before main()
+    return __builtin_cpu_supports("sse4.2");
+}
 #else
 NF_CRC_TARGET inline uint32_t step64(uint32_t crc, uint64_t value) { return __crc32cd(crc, value); }
 NF_CRC_TARGET inline uint32_t step8(uint32_t crc, uint8_t value) { return __crc32cb(crc, value); }
 bool supported() { return getauxval(AT_HWCAP) & HWCAP_CRC32; }
-constexpr const char* kHardware = "armv8-crc";
 #endif
 
+NF_CRC_TARGET inline uint32_t serial(const uint8_t* data, size_t size, uint32_t value) {
+    for (; size >= 8; data += 8, size -= 8) value = step64(value, load64(data));
+    for (; size; ++data, --size) value = step8(value, *data);
+    return value;
+}
+
+NF_CRC_TARGET uint32_t by_serial(const uint8_t* data, size_t size, uint32_t crc) { return ~serial(data, size, ~crc); }
+
 // One CRC instruction waits 3 cycles for the one before it, and one can start each cycle: three independent streams.
-NF_CRC_TARGET uint32_t crc32c_hardware(const uint8_t* data, size_t size, uint32_t crc) {
-    const Tables& table = tables();
+NF_CRC_TARGET uint32_t by_streams(const uint8_t* data, size_t size, uint32_t crc) {
     uint32_t a = ~crc;
     for (; size >= 3 * kStream; data += 3 * kStream, size -= 3 * kStream) {
         uint32_t b = 0, c = 0;
@@ -93,39 +110,42 @@ NF_CRC_TARGET uint32_t crc32c_hardware(const uint8_t* data, size_t size, uint32_
         }
         a = table.skip_stream(table.skip_stream(a) ^ b) ^ c;
     }
-    for (; size >= 8; data += 8, size -= 8) a = step64(a, load64(data));
-    for (; size; ++data, --size) a = step8(a, *data);
-    return ~a;
+    return ~serial(data, size, a);
 }
 #else
 bool supported() { return false; }
-constexpr const char* kHardware = "";
-uint32_t crc32c_hardware(const uint8_t* data, size_t size, uint32_t crc) { return crc32c_table(data, size, crc); }
+constexpr auto by_serial = by_table, by_streams = by_table;
 #endif
 
-bool use_hardware() {
-    static const bool answer = supported();
-    return answer;
+struct Code {
+    const char* name;
+    uint32_t (*compute)(const uint8_t* data, size_t size, uint32_t crc);
+};
+constexpr Code kCodes[] = {{"table", by_table}, {"serial", by_serial}, {"streams", by_streams}};  // slow to fast
+const bool hardware = supported();
+const Code* chosen = &kCodes[hardware ? 2 : 0];
+
+const Code& find(const std::string& name) {
+    for (const Code& code : kCodes)
+        if (name == code.name && (&code == &kCodes[0] || hardware)) return code;
+    throw std::invalid_argument(
+        std::string("expected the CRC32C code to be ") +
+        (hardware ? "table, serial or streams" : "table, the only one that this processor has") + ", got \"" + name +
+        "\"");
 }
 
 }  // namespace
 
-uint32_t crc32c_table(const uint8_t* data, size_t size, uint32_t crc) {
-    const Tables& table = tables();
-    uint32_t value = ~crc;
-    for (; size >= 8; data += 8, size -= 8) {
-        const uint64_t word = load64(data) ^ value;
-        value = 0;
-        for (int k = 0; k < 8; ++k) value ^= table.byte[7 - k][word >> (8 * k) & 255];
-    }
-    for (; size; ++data, --size) value = (value >> 8) ^ table.byte[0][(value ^ *data) & 255];
-    return ~value;
+uint32_t crc32c(const uint8_t* data, size_t size, uint32_t crc) { return chosen->compute(data, size, crc); }
+
+uint32_t crc32c_by(const std::string& code, const uint8_t* data, size_t size, uint32_t crc) {
+    return find(code).compute(data, size, crc);
 }
 
-uint32_t crc32c(const uint8_t* data, size_t size, uint32_t crc) {
-    return use_hardware() ? crc32c_hardware(data, size, crc) : crc32c_table(data, size, crc);
+void choose_crc32c(const std::string& code) {
+    if (!code.empty()) chosen = &find(code);
 }
 
-const char* crc32c_path() { return use_hardware() ? kHardware : "table"; }
+const char* crc32c_path() { return chosen->name; }
 
 }  // namespace nf

@@ -1,5 +1,6 @@
 #include "io/error.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -13,9 +14,16 @@ std::string hex(uint32_t value) {
     return text;
 }
 
+// What to do next, where the number alone says it.
+const char* advice(int code) {
+    if (code == EEXIST) return "; left by a run that was killed, or of one that goes on: if none does, delete it";
+    if (code == ETIMEDOUT) return "; the disk does not answer: look at it, or raise io_timeout";
+    return "";
+}
+
 std::string describe(const std::string& op, const std::string& path, int64_t offset, int code) {
     return path + ": " + op + (offset < 0 ? "" : " at byte " + std::to_string(offset)) +
-           " failed: " + std::strerror(code) + " (errno " + std::to_string(code) + ")";
+           " failed: " + std::strerror(code) + " (errno " + std::to_string(code) + ")" + advice(code);
 }
 
 }  // namespace

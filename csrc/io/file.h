@@ -1,16 +1,21 @@
-// Files of one folder, read and written in page-aligned pieces that are complete or an error.
+// Files of one folder, read and written in pieces that are complete or an error.
 //
 // Names have one component and are looked up under the folder's descriptor, so that a path that changes underneath
-// cannot lead elsewhere. O_DIRECT where the file system takes it (a buffered copy would evict what the run needs), else
-// buffered; `direct()` says which.
+// cannot lead elsewhere. A file of the activation cache moves whole pages by O_DIRECT (a copy in the page cache would
+// evict what the run needs); where the file system refuses that it goes through the page cache and its pages are
+// dropped a few MiB behind. Any other file is opened with direct = false: buffered, any offset and length.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
-#include <shared_mutex>
+#include <mutex>
 #include <string>
+
+#include "io/descriptor.h"
+#include "io/direct_probe.h"
 
 namespace nf {
 
@@ -23,12 +28,11 @@ struct FileStatus {
 
 class File {
   public:
-    File(int fd, std::string path);
-    ~File();
-    File(const File&) = delete;
-    File& operator=(const File&) = delete;
+    File(int fd, std::string path, std::string name, bool paged, bool direct);
 
     void reserve(uint64_t bytes);
+    void truncate(uint64_t bytes);
+    void write(uint64_t offset, const uint8_t* data, size_t size);
     uint32_t write_chunk(uint64_t offset, const uint8_t* data, size_t size);  // returns its CRC32C
     void read(uint64_t offset, uint8_t* data, size_t size);
     int read_chunk(uint64_t offset, uint8_t* data, size_t size, uint32_t expected);  // returns how often it read again
@@ -36,43 +40,67 @@ class File {
     void close();
     FileStatus stat();
     bool direct() const { return direct_; }
-    const std::string& path() const { return path_; }
+    const std::string& path() const { return descriptor_.path(); }
 
   private:
-    using Lock = std::shared_lock<std::shared_mutex>;
-    Lock in_use();  // holds close() off
-    void read_all(uint64_t offset, uint8_t* data, size_t size);
-    bool fall_back_to_buffered();
-    [[noreturn]] void fail(const char* op, int64_t offset, uint64_t needed, int code);
+    struct Range {
+        uint64_t offset;
+        size_t size;
+    };
 
-    std::shared_mutex closing_;
-    int fd_;
-    std::string path_;
+    void check(uint64_t offset, const void* data, size_t size) const;
+    void write_all(int fd, uint64_t offset, const uint8_t* data, size_t size);
+    void read_all(int fd, uint64_t offset, uint8_t* data, size_t size);
+    void leave_behind(int fd, uint64_t offset, size_t size, bool written);
+    bool fall_back_to_buffered(int fd, bool was_direct);
+    [[noreturn]] void fail(int fd, const char* op, int64_t offset, uint64_t needed, int code) const;
+
+    io::Descriptor descriptor_;
+    const bool paged_;  // whole pages only, none left in the page cache
     std::atomic<bool> direct_;
+    std::mutex behind_mutex_;
+    std::deque<Range> behind_;  // moved through the page cache and still there
+    uint64_t behind_bytes_ = 0;
+};
+
+// An exclusive flock that lasts until release() or its end, and not in the child of a fork.
+class FolderLock {
+  public:
+    FolderLock(int folder, const std::string& folder_path, const std::string& name);
+    ~FolderLock();
+    FolderLock(const FolderLock&) = delete;
+    FolderLock& operator=(const FolderLock&) = delete;
+    void release();
+
+  private:
+    io::Origin origin_;
+    std::string name_;
+    std::atomic<int> fd_;
 };
 
 class Folder {
   public:
     explicit Folder(std::string path);
-    ~Folder();
-    Folder(const Folder&) = delete;
-    Folder& operator=(const Folder&) = delete;
 
-    std::unique_ptr<File> create(const std::string& name);  // read and write; fails where the name exists
-    std::unique_ptr<File> open(const std::string& name);    // read only
+    // Read and write; fails where the name exists.
+    std::unique_ptr<File> create(const std::string& name, bool direct = true);
+    std::unique_ptr<File> open(const std::string& name, bool direct = true);  // read only
+    std::unique_ptr<File> append(const std::string& name);      // read and write, buffered, made where it is missing
+    std::unique_ptr<FolderLock> lock(const std::string& name);  // EWOULDBLOCK where another holds it
+    void make_folder(const std::string& name);                  // for its owner alone
     void rename(const std::string& from, const std::string& to);
     void unlink(const std::string& name);
+    void fsync();
     uint64_t free_bytes();
+    io::Direct probe();  // what its file system says of O_DIRECT
     void close();
-    const std::string& path() const { return path_; }
+    const std::string& path() const { return descriptor_.path(); }
 
   private:
-    std::unique_ptr<File> open_file(const std::string& name, int flags);
-    int fd();
-    std::string full(const std::string& name) const { return path_ + "/" + name; }
+    std::unique_ptr<File> open_file(const std::string& name, int flags, bool paged);
+    std::string full(const std::string& name) const { return path() + "/" + name; }
 
-    std::string path_;
-    int fd_;
+    io::Descriptor descriptor_;
 };
 
 }  // namespace nf
