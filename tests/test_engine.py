@@ -145,8 +145,10 @@ def test_a_run_stays_in_its_budget_on_every_tier(tmp_path, digits, cache, augmen
 
 
 TWO_BLOCKS = {
-    **{"partition": "layerwise", "grouping_threshold": 0.0},
-    **{"batch_size": 50, "split_points": ("features.4",)},
+    "partition": "layerwise",
+    "grouping_threshold": 0.0,
+    "batch_size": 50,
+    "split_points": ("features.4",),
 }
 
 
