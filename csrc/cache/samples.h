@@ -12,6 +12,7 @@ namespace nf {
 void gather(const uint8_t* source, size_t source_size, const int64_t* offsets, size_t count, uint8_t* out, size_t size);
 
 // Copies whole samples as they are stored; false where a value is NaN or infinite: of codec affine8, a lo or a step.
-bool copy_finite(uint8_t* to, const uint8_t* from, size_t samples, const Header& header);
+// `crc`, where given, is continued over what is copied, for which the bytes need not be fetched again.
+bool copy_finite(uint8_t* to, const uint8_t* from, size_t samples, const Header& header, uint32_t* crc = nullptr);
 
 }  // namespace nf

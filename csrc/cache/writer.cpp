@@ -6,6 +6,7 @@
 
 #include "cache/error.h"
 #include "cache/samples.h"
+#include "io/crc32c.h"
 #include "io/error.h"
 
 namespace nf {
@@ -15,6 +16,8 @@ struct Writer::Slab {
     size_t ready = 0;  // its event
     uint64_t chunk = 0;
     uint32_t filled = 0;  // samples
+    size_t summed = 0;    // leading bytes, copied by the host, that crc covers
+    uint32_t crc = 0;
 };
 
 // Everything that the threads use: they hold it together, so that a stuck one can be left behind.
@@ -46,8 +49,10 @@ struct Writer::State {
     void write(Slab& slab) {
         if (gpu) ready->synchronize(slab.ready);
         clear_rest(slab);
+        const uint64_t offset = chunk_offset(header, slab.chunk);
+        table[slab.chunk] = crc32c(slab.data + slab.summed, header.chunk_stride - slab.summed, slab.crc);
         const Timed busy(stats.write_busy_ns);
-        table[slab.chunk] = file->write_chunk(chunk_offset(header, slab.chunk), slab.data, header.chunk_stride);
+        file->write(offset, slab.data, header.chunk_stride);
         stats.bytes_written += header.chunk_stride;
     }
 };
@@ -174,6 +179,8 @@ Writer::Slab& Writer::current(const Interrupt& interrupt) {
     state.free.pop_back();
     filling_->chunk = appended_ / state.header.samples_per_chunk;
     filling_->filled = 0;
+    filling_->summed = 0;
+    filling_->crc = 0;
     const uint64_t used = state.slabs.size() - state.free.size();
     if (used > state.stats.peak_slabs) state.stats.peak_slabs = used;
     return *filling_;
@@ -192,7 +199,7 @@ void Writer::fill(size_t count, const Record* records, const Interrupt& interrup
     for (size_t done = 0; done < count;) {
         Slab& slab = current(interrupt);
         const size_t take = std::min<size_t>(spc - slab.filled, count - done);
-        copy(slab.data + slab.filled * state_->header.sample_bytes, done, take);
+        copy(slab, slab.data + slab.filled * state_->header.sample_bytes, done, take);
         std::memcpy(state_->record_of(slab, slab.filled), records + done, take * sizeof(Record));
         slab.filled += static_cast<uint32_t>(take);
         appended_ += take;
@@ -206,8 +213,11 @@ void Writer::append(const uint8_t* samples, size_t count, const Record* records,
     check_room(count);
     const gpu::Scope scope(state_->gpu.get());  // a full slab records its event
     const Header& header = state_->header;
-    fill(count, records, interrupt, [&](uint8_t* to, size_t first, size_t take) {
-        if (!copy_finite(to, samples + first * header.sample_bytes, take, header)) {
+    fill(count, records, interrupt, [&](Slab& slab, uint8_t* to, size_t first, size_t take) {
+        const bool in_order = slab.summed == slab.filled * header.sample_bytes;
+        if (in_order) slab.summed += take * header.sample_bytes;
+        uint32_t* crc = in_order ? &slab.crc : nullptr;
+        if (!copy_finite(to, samples + first * header.sample_bytes, take, header, crc)) {
             const std::lock_guard<std::mutex> lock(state_->work.mutex);
             state_->work.fail(std::make_exception_ptr(NonFinite("a stored value is NaN or infinite")));
             std::rethrow_exception(state_->work.error);
@@ -224,7 +234,7 @@ void Writer::append_device(gpu::DevicePointer samples, size_t count, const Recor
         produced_->record(0, stream);
         produced_->make_wait(0, copies_->stream());
         const uint64_t size = state_->header.sample_bytes;
-        fill(count, records, interrupt, [&](uint8_t* to, size_t first, size_t take) {
+        fill(count, records, interrupt, [&](Slab&, uint8_t* to, size_t first, size_t take) {
             copies_->to_host(to, samples + first * size, take * size);
         });
         fences_->record(slot, copies_->stream());
