@@ -41,7 +41,7 @@ class Bench:
     ) -> None:
         self.name, self.width, self.data, self.test = name, width, data, test
         planner = self.planner(config)
-        self.costs = Costs(planner.profile, True, planner.measured, True)
+        self.costs = Costs(planner.profile, True, planner.measured, planner.settings.stored_dtype)
         self.budget = int(share * planner.plan(1 << 40).bounds.backpropagation)
         self.config = config.with_fields({"memory_budget": self.budget})
 

@@ -78,7 +78,36 @@ def speed_and_memory() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory}
+def cache() -> str:
+    """Medians over the rounds, a part for each kind of shuffle."""
+    rows = load("cache")["rows"]
+    lines = [
+        "| cache | shuffled by | write, GB/s | of fio | CPU s/GB | cold read, GB/s | of fio | CPU s/GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(r["candidate"] for r in rows):
+        mine = [r for r in rows if r["candidate"] == name]
+        cells = []
+        for column, form in (("gb_s", ".2f"), ("of_fio", ".0%"), ("cpu_s_gb", ".2f")):
+            for phase in ("write", "read"):
+                found = [r[f"{phase}_{column}"] for r in mine if f"{phase}_{column}" in r]
+                cells.append(format(statistics.median(found), form) if found else "-")
+        if "write_gb_s" in mine[0]:
+            write, read = cells[0::2], cells[1::2]
+            lines.append("| " + " | ".join((name, mine[0]["shuffle"], *write, *read)) + " |")
+    overlap = load("overlap")["rows"]
+    lines += [
+        "",
+        "| I/O beside computing | direction | compute / I/O | hidden | left after the last batch, ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for r in overlap:
+        left = f"{1e3 * r['exposed']:.1f}" if r["direction"] == "write" else "-"
+        lines.append(f"| {r['case']} | {r['direction']} | {r['ratio']:g} | {r['hidden']:.0%} | {left} |")
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory, "cache": cache}
 
 
 def filled(text: str) -> str:

@@ -81,14 +81,14 @@ def test_head(benchmark, kind, shape, candidate):
 # --- cache ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["hardware", "portable"])
-def test_crc32c(benchmark, portable):
+@pytest.mark.parametrize("code", ["table", "serial", "streams"])
+def test_crc32c(benchmark, code):
     data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
-    assert _cache.crc32c(b"123456789", portable=portable) == 0xE3069283  # the check value of its definition
+    assert _cache.crc32c(b"123456789", code=code) == 0xE3069283  # the check value of its definition
 
     benchmark.group = "CRC32C of 1 MiB"
     benchmark.extra_info["hardware"] = _cache.build_info()["crc32c"]
-    crc = measure(benchmark, partial(_cache.crc32c, data, portable=portable), iterations=5)
+    crc = measure(benchmark, partial(_cache.crc32c, data, code=code), iterations=5)
     assert crc == _cache.crc32c(data)
 
 
@@ -154,7 +154,7 @@ def test_recompute_of_the_first_stages(benchmark, count):
     cut = split(build("vgg16", width=0.25), (3, 32, 32))
     prefix = [stage.module.eval() for stage in cut.stages[:count]]
     x = torch.randn(BATCH, 3, 32, 32)
-    call = partial(forward_prefix, prefix, lambda _: x, BATCH, BATCH, True)
+    call = partial(forward_prefix, prefix, lambda _: x, BATCH, BATCH, "fp16")
 
     exact = x.double()
     with torch.no_grad():

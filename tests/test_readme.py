@@ -33,9 +33,8 @@ def tree() -> list[str]:
 
 
 def test_the_file_tree_is_the_one_on_disk():
-    files = [
-        path.relative_to(ROOT).as_posix() for top in ("nf_engine", "kernels") for path in (ROOT / top).glob("*.py*")
-    ]
+    paths = [path for top in ("nf_engine", "kernels") for path in (ROOT / top).rglob("*.py*")]
+    files = [path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts]
     files += [p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".txt")]
     assert sorted(tree()) == sorted(files)
 
