@@ -5,8 +5,9 @@
 For each case the same batches three times, in turn: T compute alone, T I/O alone, T both;
     hidden = (T compute + T I/O - T both) / min(T compute, T I/O)          1: the shorter one costs nothing
 Cases: a device whose kernels take `ratio` times as long as the disk, for ratio above and below 1. On a machine without
-a GPU it is the stand-in driver of csrc/tests: its kernels sleep and its copies take bytes / 12 GB/s, the files, threads
-and waits are real. "cpu" computes in one torch thread on the cores that the I/O uses, too. With CUDA, "cuda" is real.
+a GPU it is the stand-in driver of csrc/tests: its kernels sleep, its copies take bytes / 12 GB/s and move nothing (what
+they move is tested there), the files, threads and waits are real. "cpu" computes in one torch thread on the cores that
+the I/O uses, too. With CUDA, "cuda" is real.
 "exposed" is what of writing is left when the last batch has been appended: draining the slabs, table, footer, rename.
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from nf_engine import _cache
 from nf_engine.cache_format import MIB, SAMPLE_RECORD, CacheGeometry, CacheRecord, pack_header
 from nf_engine.storage import ActivationCache, EngineOptions
 
-SHAPE, BATCH = (64, 16, 16), 128  # fp16: 32 KiB a sample, 4 MiB a batch
+SHAPE, BATCH = (64, 16, 16), 256  # fp16: 32 KiB a sample, 8 MiB a batch
 RATIOS = (1.3, 0.7)  # compute over I/O
 PCIE = 12e9
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def stand_in() -> ctypes.CDLL | None:
     library = build / "libnf_fake_cuda.so"
     os.environ |= {"NF_TESTING": "1", "NF_LIBCUDA": str(library)}
     fake = ctypes.CDLL(str(library))
-    fake.nf_fake_configure(f"mode=threads; max_delay_us=0; bandwidth={PCIE:.0f}".encode())
+    fake.nf_fake_configure(f"mode=threads; max_delay_us=0; bandwidth={PCIE:.0f}; dry=1".encode())
     return fake
 
 
@@ -90,6 +91,11 @@ class StandIn:
 
     def drain(self) -> None:
         self.fake.nf_fake_drain()
+
+    def clear(self) -> None:
+        """Removes the file, so that no timing contains the end of an earlier one."""
+        with suppress(FileNotFoundError):
+            (Path(self.folder.path) / "overlap.nfc").unlink()
 
     def write(self, seconds: float) -> float:
         """`seconds` of computing a batch; returns the seconds that finish() took."""
@@ -148,8 +154,10 @@ class Real:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def write(self, seconds: float) -> float:
+    def clear(self) -> None:
         (self.folder / "real.nfc").unlink(missing_ok=True)
+
+    def write(self, seconds: float) -> float:
         cache = ActivationCache.create(self.folder, "real.nfc", self.geometry, device=self.device, options=self.options)
         with cache:
             for k in range(self.batches):
@@ -169,7 +177,9 @@ class Real:
         return 0.0
 
 
-def timed(call: Callable[[], object]) -> tuple[float, Any]:
+def timed(call: Callable[[], object], before: Callable[[], None] | None = None) -> tuple[float, Any]:
+    if before is not None:
+        before()
     begun = time.perf_counter()
     result = call()
     return time.perf_counter() - begun, result
@@ -186,7 +196,8 @@ def measure(name: str, work: StandIn | Real, rounds: int) -> list[dict[str, Any]
     rows = []
     for direction in ("write", "read"):
         move = work.write if direction == "write" else work.read
-        alone = min(timed(partial(move, 0.0))[0] for _ in range(2))  # also warms up
+        clear = work.clear if direction == "write" else None
+        alone = statistics.median(timed(partial(move, 0.0), clear)[0] for _ in range(3))  # also warms up
         for ratio in RATIOS:
             each = ratio * alone / work.batches
 
@@ -194,8 +205,8 @@ def measure(name: str, work: StandIn | Real, rounds: int) -> list[dict[str, Any]
             exposed = []
             for _ in range(rounds):
                 times["compute"].append(timed(partial(only_compute, work, each))[0])
-                times["io"].append(timed(partial(move, 0.0))[0])
-                both, tail = timed(partial(move, each))
+                times["io"].append(timed(partial(move, 0.0), clear)[0])
+                both, tail = timed(partial(move, each), clear)
                 times["both"].append(both)
                 exposed.append(tail)
             compute, io, both = (statistics.median(times[k]) for k in ("compute", "io", "both"))
@@ -243,7 +254,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary folder here by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    batches, rounds = (128, 3) if args.quick else (512, 5)
+    batches, rounds = (64, 3) if args.quick else (512, 3)
     print(f"{'case':<9}{'':<7}{'ratio':>6}{'compute':>9}{'I/O':>9}{'both':>9}{'hidden':>8}{'exposed ms':>11}")
     rows: list[dict[str, Any]] = []
     fake = None if torch.cuda.is_available() else stand_in()
@@ -260,7 +271,7 @@ def main() -> None:
 
     checks = {
         f"hidden, {case}, {direction}, disk faster than compute": check(least(case, direction), ">= 0.95")
-        for case in ("stand-in", "cuda", "cpu")
+        for case in ("stand-in", "cuda")  # on the CPU an append copies in the caller's own thread: nothing hides that
         for direction in ("write", "read")
     }
     plots.save(args.json, "Overlap of cache I/O with computing", 2, (11, 4.5), draw(rows))

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -176,6 +176,7 @@ class Controller:
                 inputs.close()
                 if not self.keep_cache and inputs.cache.record.tier == "disk":
                     self.folder.remove(inputs.cache.record.name)
+                self.folder.log("cache_read", name=inputs.cache.record.name, **asdict(inputs.cache.stats()))
 
     def _train(
         self,
@@ -267,7 +268,11 @@ class Controller:
         after_held, scores = self._store(number + 1, "v", units, held, block.batch, counter, score=True)
         self.seconds["score"] += time.perf_counter() - started
         started = time.perf_counter()
-        after, _ = self._store(number + 1, "x", units, inputs, block.batch, counter, score=False)
+        try:
+            after, _ = self._store(number + 1, "x", units, inputs, block.batch, counter, score=False)
+        except BaseException:
+            self._release(after_held)
+            raise
         self.seconds["cache_write"] += time.perf_counter() - started
         return after, after_held, scores
 
@@ -322,6 +327,7 @@ class Controller:
         except BaseException:
             cache.abort()
             raise
+        self.folder.log("cache_written", name=cache.record.name, tier=plan.tier, **asdict(cache.stats()))
         order = _order_after(inputs, key)
         made = CacheInputs(cache, self.config.seed, number, inputs.samples, inputs.copies, order, plan.window)
         return made, scores

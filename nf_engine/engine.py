@@ -122,6 +122,16 @@ def train(
     folder.write("config.toml", settings.to_toml())
     folder.write("plan.json", made.to_json())
     folder.log("start", model=network_name, samples=len(data), held_out=len(held_out), torch=str(torch.__version__))
+    for number, block in enumerate(made.blocks[1:], 1):
+        chosen = block.cache
+        folder.log(
+            "tier",
+            number=number,
+            tier=chosen.tier,
+            seconds=chosen.seconds,
+            dropped=chosen.dropped,
+            reason=chosen.reason,
+        )
     observer.planned(made)
     heads = [make_head(cut, u.head, u.last, settings, u.chunks) for u in made.units]
     controller = Controller(

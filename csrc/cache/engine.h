@@ -16,6 +16,9 @@
 
 namespace nf {
 
+// A writer takes half of the arena and never less than 8 slabs while they fit: what a device has computed ahead must
+// find room, or the caller waits for the disk before it can start the next batch. The other half is for readers'
+// pieces.
 constexpr size_t kSlabs = 8, kPieces = 6, kFewest = 2, kPieceBytes = size_t{4} << 20;
 constexpr int64_t kReadAhead = 4;  // chunks beyond the window, so that the disk works while the window drains
 

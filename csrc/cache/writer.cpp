@@ -68,8 +68,9 @@ Writer::Writer(std::shared_ptr<Engine> engine, std::shared_ptr<Folder> folder, c
     State& state = *state_;
     state.header = parse_header(header, path);
     state.gpu = engine_->gpu();
-    state.lease = engine_->arena->lend(state.header.chunk_stride, std::min<size_t>(kSlabs, state.header.n_chunks),
-                                       std::min<size_t>(kFewest, state.header.n_chunks), path);
+    const size_t stride = state.header.chunk_stride, chunks = state.header.n_chunks;
+    const size_t wanted = std::max(kSlabs, engine_->arena->size() / 2 / stride);
+    state.lease = engine_->arena->lend(stride, std::min(wanted, chunks), std::min(kFewest, chunks), path);
     state.slabs.resize(state.lease->count());
     for (size_t i = 0; i < state.slabs.size(); ++i) {
         state.slabs[i].data = state.lease->piece(i);

@@ -11,6 +11,7 @@
 //   seed=N                of the order of pieces, the delays, the scheduler
 //   max_delay_us=N        threads: each copy and kernel starts 0..N us late (default 5000)
 //   bandwidth=B           threads: a copy of n bytes keeps its stream busy for n / B seconds (with max_delay_us=0)
+//   dry=1                 copies take that time and move nothing: for benches, which would else measure the host
 //   call=NAME             a fault, said by the pairs that follow; there may be several
 //     n=N error=E           the N-th call of NAME (default 1) gives E
 //     late=1                ... it succeeds, its work is lost, and a later call gives E

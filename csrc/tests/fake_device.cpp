@@ -217,6 +217,8 @@ Configuration Configuration::parse(const std::string& text) {
             c.max_delay_us = number(pair, value);
         } else if (key == "exit_on_violation") {
             c.exit_on_violation = number(pair, value) != 0;
+        } else if (key == "dry") {
+            c.dry = number(pair, value) != 0;
         } else if (key == "pageable") {
             c.pageable = number(pair, value) != 0;
         } else if (key == "missing") {
@@ -395,8 +397,9 @@ void Device::enqueue(const StreamPtr& stream, const OpPtr& op) {
     }
     op->error = std::exchange(late_error, 0);
     op->queued = Clock::now();
-    op->garbage_first = op->kind == Kind::kToHost && pending_on(op->host, op->bytes) != nullptr;
-    uint8_t* const target = op->kind == Kind::kToHost && !op->garbage_first ? op->host : nullptr;
+    op->garbage_first = op->kind == Kind::kToHost && !configuration.dry && pending_on(op->host, op->bytes) != nullptr;
+    const bool fill = op->kind == Kind::kToHost && !op->garbage_first && !configuration.dry;
+    uint8_t* const target = fill ? op->host : nullptr;
     const size_t bytes = op->bytes;
     void* const token = &op->queued_token;
     Unseen::show();
@@ -425,7 +428,7 @@ void Device::begin(Op& op) const {
     if (op.kind == Kind::kMark || (op.kind == Kind::kKernel && op.duration.count() > 0)) return;
     const uint64_t delay_us = op.random.below(configuration.max_delay_us + 1);
     if (!configuration.scheduler && delay_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
-    if (op.kind == Kind::kKernel) return;
+    if (op.kind == Kind::kKernel || configuration.dry) return;
     if (op.garbage_first) std::memset(op.host, kGarbage, op.bytes);
     shuffle_pieces(op);
 }

@@ -119,7 +119,7 @@ struct Fault {
 };
 
 struct Configuration {
-    bool scheduler = false, exit_on_violation = false, pageable = false;
+    bool scheduler = false, exit_on_violation = false, pageable = false, dry = false;
     uint64_t seed = 0, max_delay_us = 5000;
     double bandwidth = 0;
     std::vector<Fault> faults;
