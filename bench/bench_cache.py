@@ -44,6 +44,7 @@ from nf_engine.cache_format import MIB
 
 PATIENCE = 300  # seconds for one candidate in one round
 GRACE = 10  # and then for its process to end
+WARM_UP = 8  # batches
 
 
 # --- one candidate, one round ---------------------------------------------------------------------------------------
@@ -83,6 +84,16 @@ def clocked(name: str, size: int, call: Callable[[], None]) -> dict[str, float]:
     return {f"{name}_gb_s": size / seconds / 1e9, f"{name}_cpu_s_gb": spent / size * 1e9}
 
 
+def warm_up(candidate: Candidate, batches: list[Batch], folder: Path) -> None:
+    """A small round that nobody clocks: a forked process copies each page of the interpreter that it first touches."""
+    folder.mkdir()
+    for _ in candidate.write(folder, batches):
+        pass
+    for _ in candidate.read(folder, 0):
+        pass
+    shutil.rmtree(folder)
+
+
 def measure(candidate: Candidate, batches: list[Batch], folder: Path, key: int, compare: bool) -> dict[str, Any]:
     """Writes and reads once, cold and warm; with `compare`, then holds what is read against what was written."""
     size = sum(b.x.nbytes for b in batches)
@@ -99,6 +110,7 @@ def measure(candidate: Candidate, batches: list[Batch], folder: Path, key: int, 
         moved = sum(batch.x.nbytes for batch in reader if batch is not None)
         whole(moved, size)
 
+    warm_up(candidate, batches[:WARM_UP], folder / "warm-up")
     writer = candidate.write(folder, batches)
     next(writer)
     row |= clocked("write", size, write)

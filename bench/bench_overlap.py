@@ -241,7 +241,7 @@ def draw(rows: list[dict[str, Any]]) -> Callable[..., None]:
                 highest = max(row[p] for p in ("compute", "io", "both"))
                 side.text(at, highest, f"{row['hidden']:.0%} hidden", ha="center", va="bottom", fontsize=8)
             side.set_xticks(range(len(chosen)), [f"{r['case']}\ncompute / I/O {r['ratio']:g}" for r in chosen])
-            side.set_title(f"{direction}, {chosen[0]['bytes'] / 1e6:.0f} MB and more")
+            side.set_title(f"{direction}, {chosen[0]['bytes'] / 1e9:.1f} GB")
             side.set_ylabel("seconds")
             side.legend(loc="upper right")
             side.margins(y=0.2)
