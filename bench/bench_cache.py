@@ -85,9 +85,12 @@ def clocked(name: str, size: int, call: Callable[[], None]) -> dict[str, float]:
 
 
 def warm_up(candidate: Candidate, batches: list[Batch], folder: Path) -> None:
-    """A small round that nobody clocks: a forked process copies each page of the interpreter that it first touches."""
+    """A small round that nobody clocks, and a look at every page of the samples: in a forked process the first touch of
+    a page costs a copy or an update of the page table, which is not the candidate's."""
     folder.mkdir()
-    for _ in candidate.write(folder, batches):
+    for batch in batches:
+        int(batch.x.numpy().view(np.uint8).reshape(-1)[:: mmap.PAGESIZE].sum())
+    for _ in candidate.write(folder, batches[:WARM_UP]):
         pass
     for _ in candidate.read(folder, 0):
         pass
@@ -110,7 +113,7 @@ def measure(candidate: Candidate, batches: list[Batch], folder: Path, key: int, 
         moved = sum(batch.x.nbytes for batch in reader if batch is not None)
         whole(moved, size)
 
-    warm_up(candidate, batches[:WARM_UP], folder / "warm-up")
+    warm_up(candidate, batches, folder / "warm-up")
     writer = candidate.write(folder, batches)
     next(writer)
     row |= clocked("write", size, write)
