@@ -779,6 +779,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
         if child == 0:
             os.dup2(err.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
             if case["limit"]:
                 signal.alarm(case["limit"])
             os.write(out.fileno(), json.dumps(play(case)).encode())

@@ -584,8 +584,13 @@ def test_a_failed_write_is_raised_again_by_every_call_and_leaves_nothing(tmp_pat
     x, ids = random_samples(g), torch.arange(64)
     with ActivationCache.create(tmp_path, "a.nfc", g) as cache:
         cache.append(x[:4], ids[:4], ids[:4])
+
+        def write_the_rest():
+            cache.append(x[4:], ids[4:], ids[4:])  # chunk 5 fails, perhaps after the last one has found a slab
+            cache.finish()
+
         with file_size_limit(4096 + 5 * g.chunk_stride), pytest.raises(DiskFullError) as caught:
-            cache.append(x[4:], ids[4:], ids[4:])  # the failure of chunk 5 is met before the last chunk
+            write_the_rest()
         for call in (cache.finish, lambda: cache.append(x[:1], ids[:1], ids[:1]), lambda: cache.batches(0, 1, key=0)):
             with pytest.raises(DiskFullError) as again:
                 call()
