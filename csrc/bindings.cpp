@@ -1,5 +1,5 @@
 // nf_engine._cache: the Python face of csrc/. Ints (addresses, stream handles), buffers and plain records cross; the
-// engine holds no Python object, and the GIL is released wherever bytes move or somebody waits. nf_engine/_cache.pyi
+// engine holds no Python object, and the GIL is released wherever bytes move or somebody waits. nf_engine/_cache/
 // has the signatures.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

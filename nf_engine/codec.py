@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nf_engine.errors import NonFiniteError
 from nf_engine.records import stored_bytes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -174,6 +175,27 @@ class Affine8:
         lo, step = (pairs[:, k::2, None, None] for k in (0, 1))
         q = _as_samples(stored[:, 8 * channels : end], self.shape, self.channels_last)
         return lo, step, q, stored[:, end:]
+
+
+class FiniteFlag:
+    """Whether all batches so far were finite, kept on the device and looked at rarely: a look waits for the device."""
+
+    LOOK = 64  # batches between two looks
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+        self._batches = 0
+
+    def add(self, finite: Tensor) -> None:
+        """Takes a batch's flag; NonFiniteError now and then, and from `look`, once one was false."""
+        self._finite = finite if self._finite is None else self._finite & finite
+        self._batches += 1
+        if self._batches % self.LOOK == 0:
+            self.look()
+
+    def look(self) -> None:
+        if self._finite is not None and not bool(self._finite):
+            raise NonFiniteError("a stored value is NaN or infinite")
 
 
 def _finite(values: Tensor) -> Tensor:

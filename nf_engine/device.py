@@ -7,9 +7,11 @@ operators create: the same sum as torch's MemTracker gives, which cannot watch m
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -126,6 +128,27 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def free_ram(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of RAM that can be taken: of the machine, and of each control group (version 2) that this process is in.
+
+    A group counts its page cache as used, though the kernel gives up what has not been used lately: that is added.
+    """
+    free = int(psutil.virtual_memory().available)
+    own = re.search(r"^0::/(.*)$", groups.read_text(encoding="utf-8"), re.MULTILINE) if groups.is_file() else None
+    if own is None:
+        return free
+    for folder in (root / own[1], *(root / own[1]).parents):
+        if not (folder / "memory.max").is_file():
+            continue
+        limit, used = ((folder / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
+        if limit.strip() != "max":
+            idle = re.search(
+                r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
+            )
+            free = min(free, max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
+    return free
 
 
 def budget_bytes(config: TrainConfig, device: torch.device, total: int | None = None) -> int:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nf_engine import _cache
 from nf_engine.cache_format import MIB, PAGE, SAMPLE_RECORD, CacheRecord, CacheStats, Pass, check_file
-from nf_engine.codec import Codec
-from nf_engine.errors import CacheClosedError, NonFiniteError
+from nf_engine.codec import Codec, FiniteFlag
+from nf_engine.device import free_ram
+from nf_engine.errors import CacheClosedError
 from nf_engine.records import ENGINE_SLOTS
 
 __all__ = ["DiskTier", "EngineOptions", "cuda_status", "direct_io", "engine_report"]
@@ -35,7 +35,6 @@ __all__ = ["DiskTier", "EngineOptions", "cuda_status", "direct_io", "engine_repo
 log = logging.getLogger(__name__)
 
 RING = {"cpu": 3, "cuda": ENGINE_SLOTS}  # slots that batches are handed out from
-LOOK = 64  # batches between two looks at the device's flag for values that are not finite
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def _engine(device: torch.device, options: EngineOptions) -> _cache.Engine:
 @cache
 def _make_engine(process: int, device: int, pinned_bytes: int, io_timeout: float) -> _cache.Engine:
     """One engine a process and device. No more than a quarter of the free memory, in whole pages."""
-    allowed = min(pinned_bytes, psutil.virtual_memory().available // 4) // PAGE * PAGE
+    allowed = min(pinned_bytes, free_ram() // 4) // PAGE * PAGE
     if allowed < pinned_bytes // PAGE * PAGE:
         log.warning("pinned_bytes is %d, but a quarter of the free memory is %d: that is used", pinned_bytes, allowed)
     engine = _cache.Engine(max(PAGE, allowed), device, io_timeout)
@@ -111,7 +110,7 @@ class DiskTier:
         self._reader: _cache.Reader | None = None
         self._written: dict[str, Any] = {}
         self._staging: list[Tensor] = []
-        self._finite: Tensor | None = None
+        self._finite = FiniteFlag()
         self._batches = 0
         self._closed = False
 
@@ -150,11 +149,9 @@ class DiskTier:
         self._writer.fence(slot, stream)
         stored = self._encode(x, slot)
         finite = self._codec.finite(stored)
-        self._finite = finite if self._finite is None else self._finite & finite
         self._writer.append_device(stored.data_ptr(), len(x), records.data, stream, slot)
         self._batches += 1
-        if self._batches % LOOK == 0:
-            self._look()
+        self._finite.add(finite)
 
     def _encode(self, x: Tensor, slot: int) -> Tensor:
         """The batch as stored, (N, sample_bytes) uint8, in a staging slot."""
@@ -164,13 +161,9 @@ class DiskTier:
         self._codec.encode(x, stored)
         return stored
 
-    def _look(self) -> None:
-        if self._finite is not None and not bool(self._finite):
-            raise NonFiniteError("a stored value is NaN or infinite")
-
     def finish(self, record: CacheRecord) -> CacheRecord:
         assert self._writer is not None
-        self._look()
+        self._finite.look()
         table = self._writer.finish()
         record = dataclasses.replace(record, table_sha256=hashlib.sha256(table).hexdigest())
         self._written, self._writer, self._staging = self._writer.stats(), None, []

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from nf_engine import _cache
 from nf_engine.cache_format import SAMPLE_RECORD, CacheRecord, CacheStats, Pass
-from nf_engine.codec import Codec
-from nf_engine.errors import CacheClosedError, NonFiniteError
+from nf_engine.codec import Codec, FiniteFlag
+from nf_engine.errors import CacheClosedError
 
 __all__ = ["MemoryTier"]
-
-LOOK = 64  # batches between two looks at the device's flag for values that are not finite
 
 
 class MemoryTier:
@@ -39,8 +37,8 @@ class MemoryTier:
             self._memory = _cache.AlignedBuffer(geometry.samples * geometry.sample_bytes)
             self._rows = torch.frombuffer(self._memory, dtype=torch.uint8).view(geometry.samples, -1)
         self._records = np.empty(geometry.samples, SAMPLE_RECORD)
-        self._filled = self._batches = self._written = self._read = 0
-        self._finite: Tensor | None = None
+        self._filled = self._written = self._read = 0
+        self._finite = FiniteFlag()
 
     def append(self, x: Tensor, records: NDArray[np.void]) -> None:
         rows = self._all()[self._filled : self._filled + len(x)]
@@ -49,15 +47,11 @@ class MemoryTier:
         else:
             stored = rows if rows.device == x.device else torch.empty_like(rows, device=x.device)
             self._codec.encode(x, stored)
-            finite = self._codec.finite(stored)
-            self._finite = finite if self._finite is None else self._finite & finite
             if stored is not rows:
                 rows.copy_(stored)
-            if self._batches % LOOK == LOOK - 1:
-                self._look()
+            self._finite.add(self._codec.finite(stored))
         self._records[self._filled : self._filled + len(x)] = records
         self._filled += len(x)
-        self._batches += 1
         self._written += rows.nbytes
 
     def _copy_host(self, x: Tensor, rows: Tensor) -> None:
@@ -67,12 +61,8 @@ class MemoryTier:
             stored = rows
         _cache.copy_finite(rows.numpy().data, stored.data_ptr(), len(x), self._header)
 
-    def _look(self) -> None:
-        if self._finite is not None and not bool(self._finite):
-            raise NonFiniteError("a stored value is NaN or infinite")
-
     def finish(self, record: CacheRecord) -> CacheRecord:
-        self._look()
+        self._finite.look()
         return record
 
     def read(self, reading: Pass) -> Iterator[tuple[Tensor, NDArray[np.void]]]:

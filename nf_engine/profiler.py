@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.device import Meter, TensorBytes, free_bytes, meter, tensor_bytes
+from nf_engine.device import Meter, TensorBytes, free_bytes, free_ram, meter, tensor_bytes
 from nf_engine.errors import BudgetError
 from nf_engine.heads import CHUNKS, Shape, adaptive_width, build_head, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
@@ -613,27 +612,6 @@ def fetch_seconds(cut: Cut, preprocess: Preprocess, uint8: bool, batch: int, dev
     images = torch.ones(batch, *cut.input_shape, dtype=torch.uint8 if uint8 else torch.float32)
     preprocess, ids = copy.copy(preprocess), torch.arange(batch)
     return _seconds(lambda: preprocess(images[ids].to(device), ids, stream=0), device) / batch
-
-
-def free_ram(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of RAM that can be taken: of the machine, and of each control group (version 2) that this process is in.
-
-    A group counts its page cache as used, though the kernel gives up what has not been used lately: that is added.
-    """
-    free = int(psutil.virtual_memory().available)
-    own = re.search(r"^0::/(.*)$", groups.read_text(encoding="utf-8"), re.MULTILINE) if groups.is_file() else None
-    if own is None:
-        return free
-    for folder in (root / own[1], *(root / own[1]).parents):
-        if not (folder / "memory.max").is_file():
-            continue
-        limit, used = ((folder / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current"))
-        if limit.strip() != "max":
-            idle = re.search(
-                r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
-            )
-            free = min(free, max(0, int(limit) - int(used) + (int(idle[1]) if idle else 0)))
-    return free
 
 
 def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, device: torch.device) -> Line:

@@ -158,7 +158,6 @@ def round_as_stored(h: Tensor, out: Tensor, dtype: str) -> None:
     codec = make_codec(dtype, tuple(h.shape[1:]))
     stored = torch.empty(len(h), codec.sample_bytes, dtype=torch.uint8, device=h.device)
     codec.encode(h, stored)
-    del h
     codec.decode(stored, out)
 
 

@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from nf_engine import planner, profiler
 from nf_engine.config import TrainConfig
-from nf_engine.device import TensorBytes
+from nf_engine.device import TensorBytes, free_ram
 from nf_engine.errors import BudgetError
 from nf_engine.models import build
 from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import fit, fit_bytes, flops_of, free_ram, probe_tiers, profile_stages, profile_unit
+from nf_engine.profiler import fit, fit_bytes, flops_of, probe_tiers, profile_stages, profile_unit
 from nf_engine.records import Line, Plan, TierProbe, UnitPlan
 from nf_engine.stages import split
 

@@ -320,7 +320,6 @@ void Writer::abort() {
     folder_->unlink(name_ + ".tmp");
 }
 
-const Header& Writer::header() const { return state_->header; }
 const Stats& Writer::stats() const { return state_->stats; }
 bool Writer::direct() const { return state_->file->direct(); }
 uint64_t Writer::appended() const { return appended_; }

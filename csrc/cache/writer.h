@@ -40,7 +40,6 @@ class Writer {
     std::vector<uint8_t> finish(const Interrupt& interrupt);
     void abort();  // gives up and removes the .tmp; nothing after finish()
 
-    const Header& header() const;
     const Stats& stats() const;
     bool direct() const;
     uint64_t appended() const;
