@@ -3,16 +3,23 @@ PY ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long test-cpp test-tsan test-asan fuzz mutants bench lint clean
+.PHONY: demo test test-long test-kernels test-cpp test-tsan test-asan fuzz mutants bench lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint test-cpp
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(MAKE) test-kernels
 
 test-long: lint test-tsan test-asan mutants fuzz
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(MAKE) test-kernels
+
+# The Triton kernels without a GPU, each part in a process of its own: Triton interprets or compiles, never both.
+test-kernels: $(STAMP)
+	$(BIN)/python -m pytest -q tests/interp
+	$(BIN)/python -m pytest -q -s tests/compile
 
 # The C++ engine without Python and without a GPU: its tests bring a stand-in for the CUDA driver. No disk is needed.
 SEEDS ?= 1000
@@ -71,5 +78,5 @@ clean:
 # An editable install: a change of Python needs nothing, a change of C++ or of the packaging comes through here again.
 $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -path csrc/tests -prune -o -name '*.cpp' -print -o -name '*.h' -print -o -name CMakeLists.txt -print)
 	test -x $(BIN)/python || $(PY) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,images]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,images,triton]'
 	touch $@
