@@ -121,7 +121,7 @@ def measured_probe(shape: Shape, folder: Path) -> TierProbe:
 def pick(stages: Sequence[tuple[str, Shape, float]], cut: int, probe: TierProbe, samples: int, epochs: int) -> str:
     """The tier of `cache = "auto"` for two blocks, stages ..cut and cut+1.., where training takes no time."""
     none, spec = Line(0.0, 0.0), HeadSpec("linear")
-    head = HeadProfile(spec, 0, 0, 0, 0, 0, (1,), (none,), None)
+    head = HeadProfile(spec, 0, 0, 0, 0, 0, none, "reference", None)
     profiles = tuple(
         StageProfile(
             name, shape, 4 * math.prod(shape), 0, 0, 0, 0, none, none, none, none, none, 0, none,
@@ -132,7 +132,7 @@ def pick(stages: Sequence[tuple[str, Shape, float]], cut: int, probe: TierProbe,
     profile = Profile("bench", "cpu", torch.__version__, "sgd", "none", (3, 32, 32), 10, 0, (64,), none, profiles)
     images = CachePlan("images", "uint8", 1, 0, {}, "")
     blocks = tuple(
-        BlockPlan((UnitPlan(first, last, spec, 1, 0),), 64, 0.1, 0, 0.0, images)
+        BlockPlan((UnitPlan(first, last, spec, "reference", 0),), 64, 0.1, 0, 0.0, images)
         for first, last in ((0, cut), (cut + 1, len(stages) - 1))
     )
     names = tuple(name for name, _, _ in stages)

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nf_engine import _cache, ops
+from nf_engine import _cache
+from nf_engine.heads import build_head
 from nf_engine.models import build
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.records import HeadSpec
@@ -25,7 +26,12 @@ from nf_engine.storage import ActivationCache, CacheGeometry
 from nf_engine.worker import forward_prefix
 
 SHAPES = [(128, 64, 32, 32), (128, 128, 8, 8)]
-CLASSES, FILTERS, POOL = 10, 32, 4
+HEADS = {
+    "linear q=1": HeadSpec("linear", 1),
+    "linear q=4": HeadSpec("linear", 4),
+    "deep d=2": HeadSpec("deep", 1, width=32, depth=2),
+}
+CLASSES = 10
 SMOOTHING = 0.1
 CACHE = CacheGeometry(sample_shape=(64, 16, 16), dtype="fp16", samples=2048)  # 32 KiB a sample, 64 MiB
 BATCH = 128
@@ -39,42 +45,45 @@ def measure(benchmark, call, **options):
 # --- heads ----------------------------------------------------------------------------------------------------------
 
 
-def head_case(kind, shape):
-    """Inputs of a head's step: x, parameters, labels, the scale 1 / N, and the spec."""
+def head_case(head, shape):
+    """A head's parameters are as after some steps, all random; x, labels, and the scale 1 / N."""
     torch.manual_seed(0)
-    channels, kernel = shape[1], ops.KERNELS[kind]
-    filters = FILTERS if kernel else channels
-    wc = 0.05 * torch.randn(filters, channels, kernel, kernel) if kernel else None
-    bc = 0.1 * torch.randn(filters) if kernel else None
-    params = ops.HeadParams(wc, bc, 0.05 * torch.randn(CLASSES, filters * POOL**2), torch.zeros(CLASSES))
-    labels = torch.randint(CLASSES, shape[:1])
-    return torch.randn(shape), params, labels, torch.tensor(1 / shape[0]), HeadSpec(kind, POOL, FILTERS * bool(kernel))
+    module = build_head(HEADS[head], shape[1:], CLASSES, smoothing=SMOOTHING, seed=0)
+    torch.nn.init.normal_(module.linear_weight, std=0.05)
+    return module, torch.randn(shape), torch.randint(CLASSES, shape[:1]), torch.tensor(1 / shape[0])
 
 
-def autograd_step(x, params, labels):
-    """The same step by autograd: mean loss, then the gradients of x and of each parameter."""
-    x = x.detach().requires_grad_()
-    wc, bc, wl, bl = (p if p is None else p.detach().requires_grad_() for p in params)
-    h = x if wc is None else F.conv2d(x, wc, bc, padding=wc.shape[2] // 2).relu()
-    logits = F.linear(F.adaptive_avg_pool2d(h, POOL).flatten(1), wl, bl)
+def without_autograd(module, x, labels, scale):
+    """Mean loss, the gradients of x and of each parameter."""
+    module.zero_grad()
+    loss, dx = module.step(x, labels, scale)
+    return loss, [dx, *(p.grad for p in module.parameters())]
+
+
+def autograd(module, x, labels):
+    """The same by autograd through torch's own layers."""
+    leaf = x.detach().requires_grad_()
+    h = leaf
+    for conv, norm in zip(module.convs, module.norms, strict=True):
+        h = norm(conv(h)).relu()
+    logits = F.linear(F.adaptive_avg_pool2d(h, module.spec.pool).flatten(1), module.linear_weight, module.linear_bias)
     loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
-    return loss, torch.autograd.grad(loss, [x, *(p for p in (wc, bc, wl, bl) if p is not None)])
+    return loss.detach(), torch.autograd.grad(loss, [leaf, *module.parameters()])
 
 
 @pytest.mark.parametrize("candidate", ["step", "autograd"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3"])
-def test_head(benchmark, kind, shape, candidate):
-    x, params, labels, scale, spec = head_case(kind, shape)
-    step = partial(ops.head_step, x, params, labels, scale, spec=spec, smoothing=SMOOTHING)
-    plain = partial(autograd_step, x, params, labels)
+@pytest.mark.parametrize("head", HEADS)
+def test_head(benchmark, head, shape, candidate):
+    module, x, labels, scale = head_case(head, shape)
+    step, plain = partial(without_autograd, module, x, labels, scale), partial(autograd, module, x, labels)
 
-    found, (loss, gradients) = step(), plain()
-    torch.testing.assert_close(found.loss_rows.mean(), loss.detach())
-    for ours, theirs in zip((found.dx, *(g for g in found.grads if g is not None)), gradients, strict=True):
+    (loss, found), (expected, gradients) = step(), plain()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(found, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
-    benchmark.group = f"head {kind} {'x'.join(map(str, shape))}"
+    benchmark.group = f"head {head}, {'x'.join(map(str, shape))}"
     measure(benchmark, step if candidate == "step" else plain)
 
 

@@ -18,7 +18,7 @@ from nf_engine.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "partition": ("windows", "layerwise"),
-    "head": ("linear", "conv1x1", "conv3x3", "deep"),
+    "head": ("auto", "linear", "deep"),
     "optimizer": ("sgd", "adamw"),
     "cache": ("auto", "device", "ram", "disk", "recompute"),
     "cache_dtype": ("auto", "exact", "fp16", "bf16", "u8"),
@@ -57,9 +57,10 @@ class TrainConfig:
         batch_size: samples a step in every block; "auto": windows trains at 128, or at the largest halving of it that
             fits; layerwise at the largest that fits a block, up to max_batch_size and a fiftieth of the data set.
         min_batch_size, max_batch_size: bounds of the batch sizes that a plan may choose.
-        head: kind of the heads at the ends of units; the last unit uses the model's own classifier.
-        head_pool: the heads pool to head_pool x head_pool cells.
-        head_width: filters of a conv head; 0: by the width rule.
+        head: kind of the heads at the ends of units, "deep" or "linear"; the last unit uses the model's own classifier.
+            "auto": deep for windows, linear for layerwise.
+        head_pool: heads pool to head_pool x head_pool cells before their linear layer.
+        head_width: filters of a deep head's first convolution; 0: by the width rule.
         head_depth: convolutions of a deep head.
         epochs: passes over the training data, for each block.
         optimizer, lr, momentum, weight_decay: of every unit; momentum is SGD's. lr is meant at batch 128 and grows
@@ -91,10 +92,10 @@ class TrainConfig:
     batch_size: int | str = "auto"
     min_batch_size: int = 8
     max_batch_size: int = 1024
-    head: str = "linear"
+    head: str = "auto"
     head_pool: int = 4
     head_width: int = 0
-    head_depth: int = 2
+    head_depth: int = 1
     epochs: int = 10
     optimizer: str = "sgd"
     lr: float = 0.1
@@ -165,6 +166,13 @@ class TrainConfig:
         need = parse_bytes(budget, "memory_budget")
         if need < 2**20:
             raise ConfigError(f"memory_budget must be at least 1 MiB (1048576 bytes), got {budget!r} = {need} bytes")
+
+    @property
+    def head_kind(self) -> str:
+        """ "deep" or "linear", what `head` comes to. Measured by bench/bench_head_kinds.py."""
+        if self.head != "auto":
+            return self.head
+        return "deep" if self.partition == "windows" else "linear"
 
     @property
     def stored_dtype(self) -> str:

@@ -111,11 +111,8 @@ def _cuda() -> dict[str, Any]:
 
 
 def _kernels() -> str:
-    if not torch.cuda.is_available():
-        return "reference (no CUDA device)"
-    if "cuda" in ops._STEPS:
-        return "fused (CUDA device)"
-    return "reference (no fused kernel for this device)"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "{} path of the heads ({})".format(*ops.head_path(device))
 
 
 def _disk(folder: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def train(
             reason=chosen.reason,
         )
     observer.planned(made)
-    heads = [make_head(cut, u.head, u.last, settings, u.chunks) for u in made.units]
+    heads = [make_head(cut, u.head, u.last, settings) for u in made.units]
     controller = Controller(
         cut, heads, made, settings, data, held_out, train_images, plain, folder, device, observer, keep_cache=keep_cache
     )

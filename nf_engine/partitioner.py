@@ -68,13 +68,9 @@ class Costs:
     exact: Mapping[tuple[int, int], Line]
     dtype: str = "fp32"
 
-    def chunks(self, first: int, last: int, batch: int) -> tuple[int, float]:
-        """The fewest chunks with which the head does not raise the unit's peak (else the most), and its bytes."""
-        head = head_of(self.profile, last)
-        body = self._backward(first, last, batch)
-        kept = self._kept(first, last, batch)
-        options = [(n, kept + line.at(batch)) for n, line in zip(head.chunks, head.transient, strict=True)]
-        return next((option for option in options if option[1] <= body), options[-1])
+    def _head(self, first: int, last: int, batch: int) -> float:
+        """Bytes while the head takes its step."""
+        return self._kept(first, last, batch) + head_of(self.profile, last).transient.at(batch)
 
     def _kept(self, first: int, last: int, batch: int) -> float:
         stages = self.profile.stages[first : last + 1]
@@ -97,7 +93,7 @@ class Costs:
         """Peak bytes of one step of the unit, weights and optimizer state apart."""
         if (first, last) in self.exact:
             return self.exact[first, last].at(batch)
-        return max(self._backward(first, last, batch), self.chunks(first, last, batch)[1])
+        return max(self._backward(first, last, batch), self._head(first, last, batch))
 
     def overhead(self, units: tuple[tuple[int, int], ...]) -> int:
         """Bytes beside every block: on the CPU the resting weights share the memory."""
@@ -379,8 +375,8 @@ def _plan(
     for units, batch in chosen:
         plans = []
         for i, j in units:
-            chunks, _ = costs.chunks(i, j, batch)
-            plans.append(UnitPlan(i, j, head_of(profile, j).spec, chunks, round(costs.unit(i, j, batch))))
+            head = head_of(profile, j)
+            plans.append(UnitPlan(i, j, head.spec, head.path, round(costs.unit(i, j, batch))))
         blocks.append(
             BlockPlan(
                 units=tuple(plans),

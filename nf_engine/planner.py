@@ -71,7 +71,7 @@ class Planner:
         target = min(
             TARGET_BATCH if self.settings.batch_size == "auto" else int(self.settings.batch_size), self.samples
         )
-        whole = UnitPlan(0, last, self.profile.stages[last].head.spec, 1, 0)
+        whole = UnitPlan(0, last, self.profile.stages[last].head.spec, "autograd", 0)
         self._measure(whole, target, where)  # backpropagation, for the bounds
         slack = 0
         for _ in range(ROUNDS):

@@ -31,9 +31,9 @@ from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.device import Meter, TensorBytes, free_bytes, free_ram, meter, tensor_bytes
 from nf_engine.errors import BudgetError
-from nf_engine.heads import CHUNKS, Shape, adaptive_width, build_head, head_bytes, head_flops
+from nf_engine.heads import Shape, adaptive_width, build_head, clipped, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
-from nf_engine.ops import KERNELS
+from nf_engine.ops import head_path
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import (
     ENGINE_SLOTS,
@@ -190,20 +190,17 @@ def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[Head
     prefix = 0
     for stage, cost in zip(cut.stages[:-1], flops, strict=False):
         prefix += sum(p.numel() for p in stage.module.parameters())
-        pool = min(config.head_pool, *stage.output_shape[1:])
-        width = depth = 0
-        if config.head in ("conv1x1", "conv3x3"):
-            kernel = 1 if config.head == "conv1x1" else 3
-            width = config.head_width or adaptive_width(
-                _chw(stage.output_shape), cut.classes, cost, prefix, kernel=kernel, pool=pool
-            )
-        if config.head == "deep":
-            pool, depth = 1, config.head_depth
-        specs.append(HeadSpec(config.head, pool, width, depth))
+        shape = _chw(stage.output_shape)
+        spec = HeadSpec(config.head_kind, config.head_pool)
+        if spec.kind == "deep":
+            spec = replace(spec, depth=config.head_depth)
+            width = config.head_width or adaptive_width(spec, shape, cut.classes, cost, prefix)
+            spec = replace(spec, width=width)
+        specs.append(clipped(spec, shape))
     return [*specs, HeadSpec("classifier", 1)]
 
 
-def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, chunks: int = 1) -> nn.Module:
+def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig) -> nn.Module:
     """The head of a unit that ends at a stage, its weights a function of (seed, stage)."""
     classifier = cut.classifier if spec.kind == "classifier" else None
     return build_head(
@@ -211,7 +208,6 @@ def make_head(cut: Cut, spec: HeadSpec, stage: int, config: TrainConfig, chunks:
         _chw(cut.stages[stage].output_shape),
         cut.classes,
         smoothing=config.label_smoothing,
-        chunks=chunks,
         seed=config.seed * 1000 + stage,
         classifier=classifier,
     )
@@ -249,18 +245,18 @@ def _profile_head(
     head = make_head(cut, spec, stage, config)
     shape = _chw(cut.stages[stage].output_shape)
     where = device if device.type == "cuda" else torch.device("cpu")
-    options = CHUNKS if KERNELS.get(spec.kind) else (1,)
+    path = "autograd" if spec.kind == "classifier" else head_path(where).name
     with _copies([head], device) as (copies, counter):
         optimizer = _optimizer_state(copies[0], config)
-        if spec.kind in KERNELS:  # closed forms, which a test holds to the meter; units are measured whole later
-            peaks = [[float(head_bytes(spec, shape, cut.classes, b, n)) for b in batches] for n in options]
+        if path != "autograd":  # closed forms, which a test holds to the meter; units are measured whole later
+            peaks = [float(head_bytes(spec, shape, cut.classes, b, path=path)) for b in batches]
         else:
 
             def peak(batch: int) -> float:
                 h = torch.ones(batch, *shape, device=where)
                 return _head_peak(copies[0], h, torch.zeros(batch, dtype=torch.int64, device=where), counter)
 
-            peaks = [_while_memory_lasts(peak, batches, cut.stages[stage].name, device)]
+            peaks = _while_memory_lasts(peak, batches, cut.stages[stage].name, device)
     trained = [p for p in head.parameters() if p.requires_grad]
     return HeadProfile(
         spec=spec,
@@ -269,8 +265,8 @@ def _profile_head(
         optimizer=optimizer,
         parameters=sum(p.numel() for p in head.parameters()),
         flops=flops_of(cut.classifier, shape) if spec.kind == "classifier" else head_flops(spec, shape, cut.classes),
-        chunks=options,
-        transient=tuple(fit_bytes(batches[: len(p)], p) for p in peaks),
+        transient=fit_bytes(batches[: len(peaks)], peaks),
+        path=path,
         seconds=None,
     )
 
@@ -620,7 +616,7 @@ def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, devi
     Measured at half the batch and at the batch. A peak is a maximum of lines, hence convex: between the two sizes the
     line through them is never below it.
     """
-    head = make_head(cut, unit.head, unit.last, config, unit.chunks)
+    head = make_head(cut, unit.head, unit.last, config)
     modules = [s.module for s in cut.stages[unit.first : unit.last + 1]]
     shape = cut.stages[unit.first - 1].output_shape if unit.first else cut.input_shape
     where = device if device.type == "cuda" else torch.device("cpu")
@@ -673,7 +669,7 @@ def block_peak(
     """
     first, last = block.first, block.last
     modules = [s.module for s in cut.stages[first : last + 1]]
-    heads = [make_head(cut, u.head, u.last, config, u.chunks) for u in block.units]
+    heads = [make_head(cut, u.head, u.last, config) for u in block.units]
     frozen = [s.module for s in cut.stages[:first]] if block.cache.tier == "recompute" else []
     where = device if device.type == "cuda" else torch.device("cpu")
     kind = torch.uint8 if uint8 else torch.float32

@@ -101,9 +101,10 @@ class Line(Record):
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec(Record):
-    """What a head is made of: kind "linear", "conv1x1", "conv3x3", "deep" or "classifier" (the model's own).
+    """What a head is made of: kind "linear", "deep" or "classifier" (the model's own).
 
-    pool: cells a side of the pooled map (q); width: filters of a conv head; depth: convolutions of a deep head.
+    pool: cells a side of the pooled map (q); width, depth: filters of the first convolution of a deep head, and how
+    many convolutions it has.
     """
 
     kind: str
@@ -114,7 +115,11 @@ class HeadSpec(Record):
 
 @dataclass(frozen=True, slots=True)
 class HeadProfile(Record):
-    """Cost of one head. transient: for each chunk count the bytes of its step beyond the stage output that it reads."""
+    """Cost of one head.
+
+    transient: bytes of its step beyond the stage output that it reads; path: the implementation that takes the step,
+    "fused" or "reference" (ops.head_path), or "autograd" for the model's own classifier.
+    """
 
     spec: HeadSpec
     weights: int
@@ -122,8 +127,8 @@ class HeadProfile(Record):
     optimizer: int
     parameters: int
     flops: int
-    chunks: tuple[int, ...]
-    transient: tuple[Line, ...]
+    transient: Line
+    path: str
     seconds: Line | None
 
 
@@ -197,12 +202,13 @@ class Profile(Record):
 
 @dataclass(frozen=True, slots=True)
 class UnitPlan(Record):
-    """One unit: stages first..last (inclusive), its head, and the predicted peak of its step at the block's batch."""
+    """One unit: stages first..last (inclusive), its head and the path of the head's step (as in HeadProfile), and the
+    predicted peak of its step at the block's batch."""
 
     first: int
     last: int
     head: HeadSpec
-    chunks: int
+    path: str
     peak: int
 
 
@@ -328,13 +334,15 @@ class Plan(Record):
 
     def table(self) -> str:
         """The plan as text: one row a unit, then budget, peak and the bounds."""
-        rows = [f"{'block':<6}{'unit':<5}{'stages':<34}{'head':<12}{'batch':>6}{'lr':>8}{'peak':>12}  inputs"]
+        rows = [
+            f"{'block':<6}{'unit':<5}{'stages':<34}{'head':<12}{'step':<10}{'batch':>6}{'lr':>8}{'peak':>12}  inputs"
+        ]
         number = 0
         for k, block in enumerate(self.blocks):
             for u, unit in enumerate(block.units):
                 names = self.stages[unit.first] + ("" if unit.first == unit.last else f" .. {self.stages[unit.last]}")
                 head = unit.head.kind + (f" {unit.head.width}" if unit.head.width else "")
-                row = f"{k if u == 0 else '':<6}{number:<5}{names:<34}{head:<12}"
+                row = f"{k if u == 0 else '':<6}{number:<5}{names:<34}{head:<12}{unit.path:<10}"
                 if u == 0:
                     row += f"{block.batch:>6}{block.lr:>8.3g}{format_bytes(block.peak):>12}  {_inputs(block.cache)}"
                 rows.append(row.rstrip())

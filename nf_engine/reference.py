@@ -1,11 +1,12 @@
 """Reference: the head's local step in plain PyTorch; the CPU path, the fallback, and the truth for the kernels.
 
 A head maps x (N, C, H, W) to logits (N, K) and is trained by its own loss, which is scalar and local. So forward and
-backward happen at once, without autograd, and a convolution's map (N, F, H, W) lives for one chunk of the batch only.
-    linear             features = pool_q(x)                                D = C q q
-    conv1x1, conv3x3   features = pool_q(relu(conv(x) + bias))             D = F q q
-    all                logits = features @ wl.T + bl, in float32;  loss = cross-entropy with label smoothing
-pool_q is adaptive average pooling to q x q. N batch, C channels, H W image, F filters, K classes.
+backward happen at once, without autograd.
+    linear   features = pool_q(x)                                                       D = C q q
+    deep     features = pool_q(y_d), y_0 = x, y_k = relu(norm(conv_k(y_{k-1})))         D = F_d q q
+    both     logits = features @ wl.T + bl, in float32;  loss = cross-entropy with label smoothing
+pool_q is adaptive average pooling to q x q; conv is 3x3, padded by 1, of stride 2 while there is something to halve;
+norm is BatchNorm over the batch. N batch, C channels, H W image, F filters, K classes.
 Source: local losses of Belilovsky et al., https://arxiv.org/abs/1901.08164; NeuroFlux, https://arxiv.org/abs/2402.14139.
 """
 
@@ -17,29 +18,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nf_engine.records import HeadSpec
+__all__ = [
+    "EPSILON",
+    "IGNORE_INDEX",
+    "MOMENTUM",
+    "HeadParams",
+    "HeadStep",
+    "Statistics",
+    "cross_entropy_rows",
+    "head_features",
+    "head_step",
+    "layout_of",
+    "stride_of",
+]
 
-__all__ = ["IGNORE_INDEX", "KERNELS", "HeadParams", "HeadStep", "cross_entropy_rows", "head_logits", "head_step"]
-
-IGNORE_INDEX = -100  # torch's own default
-KERNELS = {"linear": 0, "conv1x1": 1, "conv3x3": 3}  # the kinds that step without autograd, with their kernel size
+IGNORE_INDEX = -100  # torch's own defaults
+MOMENTUM = 0.1
+EPSILON = 1e-5
+ROW_PARTS = 16  # of a batch, spread one after the other
 
 
 class HeadParams(NamedTuple):
-    """Weights of a head, or their gradients: wc (F, C, k, k), bc (F,), wl (K, D), bl (K,); no wc, bc for `linear`."""
+    """Weights of a head, or their gradients; the first three hold one tensor for each convolution, none for `linear`.
 
-    wc: Tensor | None
-    bc: Tensor | None
+    convs: (F_k, F_{k-1}, 3, 3); gammas, betas: (F_k,), of the norms; wl: (K, D); bl: (K,).
+    """
+
+    convs: tuple[Tensor, ...]
+    gammas: tuple[Tensor, ...]
+    betas: tuple[Tensor, ...]
     wl: Tensor
     bl: Tensor
 
+    def flat(self) -> list[Tensor]:
+        return [*self.convs, *self.gammas, *self.betas, self.wl, self.bl]
+
+    @classmethod
+    def of(cls, flat: list[Tensor]) -> HeadParams:
+        d = (len(flat) - 2) // 3
+        return cls(tuple(flat[:d]), tuple(flat[d : 2 * d]), tuple(flat[2 * d : 3 * d]), flat[-2], flat[-1])
+
+
+class Statistics(NamedTuple):
+    """Running mean and variance (F_k,) of each norm, in the parameters' dtype; a step moves them, as BatchNorm does."""
+
+    means: tuple[Tensor, ...] = ()
+    variances: tuple[Tensor, ...] = ()
+
 
 class HeadStep(NamedTuple):
-    """loss_rows (N,) unscaled, 0 where ignored; dx like x, and grads like params, both of scale * sum(loss_rows)."""
+    """loss_rows (N,) unscaled, 0 where ignored; dx like x, and grads like params, both of scale * sum(loss_rows).
+
+    dx is channels_last where x is, else contiguous; grads are contiguous.
+    """
 
     loss_rows: Tensor
     dx: Tensor
     grads: HeadParams
+
+
+def stride_of(height: int, width: int) -> int:
+    """Stride of a head's convolution on a map (H, W)."""
+    return 2 if max(height, width) > 1 else 1
 
 
 def cross_entropy_rows(
@@ -72,104 +112,115 @@ def cross_entropy_rows(
 
 
 def head_step(
-    x: Tensor, params: HeadParams, labels: Tensor, scale: Tensor, *, spec: HeadSpec, smoothing: float, chunks: int = 1
+    x: Tensor, params: HeadParams, running: Statistics, labels: Tensor, scale: Tensor, pool: int, smoothing: float
 ) -> HeadStep:
     """Forward and backward of a head at once. No autograd: call it under torch.no_grad().
 
     Args:
         x: (N, C, H, W), any dense layout; never written, never aliased.
-        params: float32 masters; wc and bc are cast to x.dtype, wl and bl work in float32.
+        params: float32 masters; weights of convolutions are cast to x.dtype, the linear layer works in float32.
+        running: of the norms; moved.
         labels: (N,), int64, IGNORE_INDEX where a row does not count.
         scale: float32, one element, on x's device: 1 / (rows that count); inf where there are none.
-        spec: kind linear, conv1x1 or conv3x3; pool <= min(H, W).
-        smoothing: of the labels, in [0, 1).
-        chunks: parts of the batch that a convolution's map is made in; changes memory, not the maths.
+        pool: q, at most the smaller side of the last map.
+        smoothing: of the labels, in [0, 1].
 
     Returns:
-        loss_rows float32 (N,); dx in x's dtype; grads float32. For float64 x all are float64.
+        loss_rows float32 (N,); dx in x's dtype, for a linear head with q = 1 a broadcast view of one value a channel;
+        grads float32. For float64 x all are float64.
     """
-    if KERNELS[spec.kind]:
-        return _conv_step(x, params, labels, scale, spec, smoothing, chunks)
-    features = _pool(x, spec.pool)
-    loss_rows, dfeatures, dwl, dbl = _tail(features, params, labels, scale, smoothing)
-    dx = _pool_backward(dfeatures.view_as(features), x)
-    return HeadStep(loss_rows, dx, HeadParams(None, None, dwl, dbl))
+    saved, y = [], x
+    for weight, gamma, beta, mean, variance in zip(*params[:3], *running, strict=True):
+        weight = like_weight(weight, y)
+        s = conv(y, weight)
+        z, *batch = torch.native_batch_norm(s, _as(gamma, s), _as(beta, s), mean, variance, True, MOMENTUM, EPSILON)
+        saved.append((y, weight, s, gamma, batch))
+        y = z.relu_()
+        del z  # a second name would keep the last map until the end
+    pooled = _pool(y, pool)
+    loss_rows, dfeatures, dwl, dbl = tail(pooled.flatten(1), params, labels, scale, smoothing)
+    dpooled = dfeatures.view_as(pooled)
+    del pooled, dfeatures
+    if not saved:
+        return HeadStep(loss_rows, _pool_backward(dpooled, x), HeadParams((), (), (), dwl, dbl))
+
+    grads = []
+    dy = _scale_windows(y.sign_(), dpooled)  # the ReLU's output becomes its mask, and the mask the gradient, in place
+    del dpooled
+    while saved:
+        x, weight, s, gamma, batch = saved.pop()
+        del y  # the map after this norm; dy may be the same memory
+        ds, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+            dy, s, _as(gamma, s), None, None, *batch, True, EPSILON, [True, True, True]
+        )
+        del dy, s
+        dy, dweight = conv_backward(ds, x, weight)
+        del ds
+        grads.append((dweight, dgamma, dbeta))
+        y = x
+        if saved:
+            dy.mul_(y.sign_())
+    convs, gammas, betas = zip(*reversed(grads), strict=True)
+    return HeadStep(loss_rows, dy, HeadParams(convs, gammas, betas, dwl, dbl))
 
 
-def head_logits(x: Tensor, params: HeadParams, *, spec: HeadSpec, chunks: int = 1) -> Tensor:
-    """Forward only: float32 logits (N, K) (float64 for float64 x); arguments as in head_step."""
-    rows = []
-    for part in torch.split(x, _rows(x, chunks)):
-        features = _pool(_conv_relu(part, params) if KERNELS[spec.kind] else part, spec.pool).flatten(1)
-        rows.append(F.linear(features, params.wl.to(features.dtype), params.bl.to(features.dtype)))
-    return torch.cat(rows)
+def head_features(x: Tensor, params: HeadParams, running: Statistics, pool: int, training: bool) -> Tensor:
+    """Features (N, D) before the linear layer, float32 (float64 for float64 x); differentiable, arguments as above."""
+    for weight, gamma, beta, mean, variance in zip(*params[:3], *running, strict=True):
+        s = conv(x, like_weight(weight, x))
+        x = F.relu(F.batch_norm(s, mean, variance, _as(gamma, s), _as(beta, s), training, MOMENTUM, EPSILON))
+    return F.adaptive_avg_pool2d(x, pool).flatten(1).to(_wide(x))
 
 
-def _conv_step(
-    x: Tensor, params: HeadParams, labels: Tensor, scale: Tensor, spec: HeadSpec, smoothing: float, chunks: int
-) -> HeadStep:
-    assert params.wc is not None  # ops checks that the kind has its weights
-    rows = _rows(x, chunks)
-    whole = rows >= x.shape[0]
-    dwc, dbc, dwl, dbl = (torch.zeros_like(p, dtype=_wide(x)) for p in params if p is not None)
-    params = params._replace(wc=_like_weight(params.wc, x))
-    loss_rows = torch.empty(x.shape[0], dtype=_wide(x), device=x.device)
-    dx = x.new_empty(0) if whole else torch.empty_like(x)  # one chunk: the convolution's own gradient is dx, no copy
-
-    for start in range(0, max(1, x.shape[0]), rows):
-        r = slice(start, start + rows)
-        s = _conv_relu(x[r], params)  # (n, F, H, W), the one map of this chunk from here to the end
-        pooled = _pool(s, spec.pool)
-        loss_rows[r], dfeatures, dw, db = _tail(pooled, params, labels[r], scale, smoothing)
-        dwl += dw
-        dbl += db
-        dpooled = dfeatures.view_as(pooled)
-        s.sign_()  # the ReLU's output becomes its own mask
-        dbc += (_pool(s, spec.pool) * dpooled).sum((0, 2, 3))  # active share of each cell: exact, no pass over dS
-        _scale_windows(s, dpooled)  # and the mask becomes dS, in place
-        dx_rows, dw = _conv_backward(s, x[r], cast(Tensor, params.wc))
-        dwc += dw
-        if whole:
-            dx = dx_rows
-        else:
-            dx[r] = dx_rows
-        del s, dx_rows  # or they would live through the next chunk's convolution
-    return HeadStep(loss_rows, dx, HeadParams(dwc, dbc, dwl, dbl))
-
-
-def _tail(
-    pooled: Tensor, params: HeadParams, labels: Tensor, scale: Tensor, smoothing: float
+def tail(
+    features: Tensor, params: HeadParams, labels: Tensor, scale: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Linear layer and loss over pooled (n, C, q, q), float32: loss_rows, dfeatures (n, D), dwl, dbl."""
-    features = pooled.flatten(1)
+    """Linear layer and loss over features (N, D), float32: loss_rows, dfeatures (N, D), dwl, dbl."""
     wl = params.wl.to(features.dtype)
     loss_rows, dlogits = cross_entropy_rows(F.linear(features, wl, params.bl.to(features.dtype)), labels, smoothing)
     dlogits.mul_(scale).masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)  # again: scale is inf if all are ignored
     return loss_rows, dlogits @ wl, dlogits.t() @ features, dlogits.sum(0)
 
 
+def like_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """A convolution's weight in x's dtype and layout."""
+    return weight.to(x.dtype, memory_format=layout_of(x))
+
+
+def conv(x: Tensor, weight: Tensor) -> Tensor:
+    """The head's convolution, (N, C, H, W) -> (N, F, H', W')."""
+    return F.conv2d(x, weight, stride=stride_of(*x.shape[2:]), padding=1)
+
+
+def conv_backward(ds: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in its dtype, and of the weight: float32 (float64), contiguous whatever the layout of x."""
+    stride = stride_of(*x.shape[2:])
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        ds, x, weight, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    return dx, dweight.to(_wide(x), memory_format=torch.contiguous_format)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rows(x: Tensor, chunks: int) -> int:
-    return max(1, -(-x.shape[0] // chunks))
+def _as(parameter: Tensor, s: Tensor) -> Tensor:
+    """A norm's parameter in the dtype that torch's own norms want beside s."""
+    return parameter.to(_wide(s))
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Layout of a gradient of x: channels_last where x is, else contiguous."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _like_weight(weight: Tensor, x: Tensor) -> Tensor:
-    return weight.to(x.dtype, memory_format=_format(x))
 
 
 def _pool(x: Tensor, q: int) -> Tensor:
     """(N, C, H, W) -> (N, C, q, q), a new tensor; torch's adaptive pooling is the slowest of the three."""
     height, width = x.shape[2:]
     if height == width == q:
-        return x.to(_wide(x), copy=True)
+        return x.to(_wide(x), copy=True, memory_format=torch.contiguous_format)
     if height % q == 0 and width % q == 0:
         return F.avg_pool2d(x, (height // q, width // q)).to(_wide(x))
     return F.adaptive_avg_pool2d(x, q).to(_wide(x))
@@ -184,40 +235,34 @@ def _windows(x: Tensor, q: int) -> Tensor | None:
 def _cells(dpooled: Tensor, windows: Tensor) -> Tensor:
     """Gradient of each pixel of a window, shaped to be broadcast over `windows`; small, so cast before it is spread."""
     area = windows.shape[3] * windows.shape[5]
-    return (dpooled / area).to(windows.dtype)[:, :, :, None, :, None]
+    return dpooled.div_(area).to(windows.dtype)[:, :, :, None, :, None]
 
 
 def _pool_backward(dpooled: Tensor, x: Tensor) -> Tensor:
-    """Gradient (N, C, H, W) of pool_q at x, which lends its shape only."""
-    dx = torch.empty_like(x)
-    if (windows := _windows(dx, dpooled.shape[2])) is not None:
-        windows.copy_(
-            _cells(dpooled, windows)
-        )  # no temporary, and no slower than torch's own backward in either layout
+    """Gradient (N, C, H, W) of pool_q at x, which lends its shape only; dpooled is divided in place."""
+    q, (height, width) = dpooled.shape[2], x.shape[2:]
+    if q == 1:  # one value a channel: what reads it reads a view
+        return dpooled.div_(height * width).to(x.dtype).expand(x.shape)
+    dx = torch.empty_like(x, memory_format=layout_of(x))
+    if (windows := _windows(dx, q)) is not None:
+        cells = _cells(dpooled, windows)
+        if layout_of(x) == torch.contiguous_format and width > q:
+            # Whole rows, of which q are spread at a time: elements of a few floats would be copied one by one. In parts
+            # of the batch, because the rows are H / q times smaller than dx, which may be not at all.
+            for part, of_part in zip(dx.chunk(ROW_PARTS), cells.chunk(ROW_PARTS), strict=True):
+                rows = part.view(-1, *windows.shape[1:4], width)
+                rows.copy_(of_part[:, :, :, 0, :, 0].repeat_interleave(width // q, dim=3)[:, :, :, None])
+        else:
+            windows.copy_(cells)
         return dx
     del dx
-    dpooled = dpooled.to(x.dtype).contiguous(memory_format=_format(x))  # mixed layouts take 3 times as long
+    dpooled = dpooled.to(x.dtype).contiguous(memory_format=layout_of(x))  # mixed layouts take 3 times as long
     return cast(Tensor, torch.ops.aten._adaptive_avg_pool2d_backward(dpooled, x))
 
 
-def _scale_windows(s: Tensor, dpooled: Tensor) -> None:
-    """s *= gradient of pool_q, in place."""
-    if (windows := _windows(s, dpooled.shape[2])) is not None:
+def _scale_windows(mask: Tensor, dpooled: Tensor) -> Tensor:
+    """mask *= gradient of pool_q, in place."""
+    if (windows := _windows(mask, dpooled.shape[2])) is not None:
         windows.mul_(_cells(dpooled, windows))
-    else:
-        s.mul_(_pool_backward(dpooled, s))
-
-
-def _conv_relu(x: Tensor, params: HeadParams) -> Tensor:
-    assert params.wc is not None
-    assert params.bc is not None
-    wc = _like_weight(params.wc, x)
-    return F.conv2d(x, wc, params.bc.to(x.dtype), padding=wc.shape[2] // 2).relu_()
-
-
-def _conv_backward(ds: Tensor, x: Tensor, wc: Tensor) -> tuple[Tensor, Tensor]:
-    pad = wc.shape[2] // 2
-    dx, dwc, _ = torch.ops.aten.convolution_backward(
-        ds, x, wc, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    return dx, dwc
+        return mask
+    return mask.mul_(_pool_backward(dpooled, mask))

@@ -24,9 +24,9 @@ from nf_engine.run_folder import RunFolder
 from nf_engine.stages import split
 
 K = 7
-LINEAR, CONV, DEEP = HeadSpec("linear", pool=2), HeadSpec("conv3x3", pool=3, width=12), HeadSpec("deep", depth=2)
+LINEAR, SMALL, DEEP = HeadSpec("linear", pool=2), HeadSpec("deep", 2, 12, 1), HeadSpec("deep", 1, 16, 2)
 CLASSIFIER = HeadSpec("classifier")
-HEADS = (LINEAR, CONV, DEEP, CLASSIFIER)
+HEADS = (LINEAR, SMALL, DEEP, CLASSIFIER)
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +108,8 @@ def _model(network, *, heads=HEADS, dtype="uint8", size=16):
 
 @pytest.fixture(name="small")
 def fixture_small():
-    """A model of one linear and one conv3x3 exit, quick to write."""
-    return _model(_network("vgg11"), heads=(LINEAR, CONV))
+    """A model of one linear and one deep exit, quick to write."""
+    return _model(_network("vgg11"), heads=(LINEAR, SMALL))
 
 
 def _images(model, n=5):
@@ -262,7 +262,7 @@ def test_a_model_without_facts_that_fit_is_not_written(tmp_path, small, change):
 
 @pytest.mark.parametrize("name", ["vgg11", "own"])
 def test_a_weight_that_changes_between_memory_and_disk_is_found(tmp_path, monkeypatch, name):
-    model = _model(_network(name), heads=(LINEAR, CONV))
+    model = _model(_network(name), heads=(LINEAR, SMALL))
 
     def flipped(state, facts):
         state["unit0.head.linear_weight"][0, 0] += 1e-3
@@ -276,7 +276,7 @@ def test_a_weight_that_changes_between_memory_and_disk_is_found(tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["vgg11", "own"])
 def test_a_file_that_changes_on_the_disk_before_it_is_read_back_is_found(tmp_path, monkeypatch, name):
-    model = _model(_network(name), heads=(LINEAR, CONV))
+    model = _model(_network(name), heads=(LINEAR, SMALL))
     write = RunFolder.write
 
     def worn(self, name, data):
@@ -351,7 +351,7 @@ def test_a_pt2_file_does_not_overwrite_another(tmp_path, small):
 
 @pytest.fixture(name="written", scope="module")
 def fixture_written(tmp_path_factory):
-    model = _model(_network("vgg11"), heads=(LINEAR, CONV))
+    model = _model(_network("vgg11"), heads=(LINEAR, SMALL))
     return save_pretrained(model, tmp_path_factory.mktemp("export") / "m")
 
 
@@ -468,7 +468,7 @@ def test_a_config_too_deep_or_too_large_is_refused(folder):
         (("exits", 1, "head", "width"), 0, "exits.head"),
         (("exits", 1, "head", "width"), 1 << 50, "exits.head"),
         (("exits", 1, "head"), asdict(replace(DEEP, depth=1 << 40)), "exits.head"),
-        (("exits", 1, "head", "width"), 13, r"unit1.head.conv_weight: expected \(13, 64, 3, 3\)"),
+        (("exits", 1, "head", "width"), 13, r"unit1.head.linear_weight: expected \(7, 13\)"),
     ],
     ids=str,
 )

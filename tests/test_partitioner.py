@@ -34,7 +34,7 @@ SAMPLES = 50_000
 def stage(name="s", kept=0.0, entry=0.0, transient=0.0, output=0, fixed=0, head=0.0, head_fixed=0, forward=0.0):
     spec = HeadSpec("linear", 4)
     own = HeadProfile(
-        spec, head_fixed, head_fixed, head_fixed, head_fixed // 4, 1, (1,), (Line(0, head),), Line(0, 1e-6)
+        spec, head_fixed, head_fixed, head_fixed, head_fixed // 4, 1, Line(0, head), "reference", Line(0, 1e-6)
     )
     return StageProfile(
         name=name,
@@ -82,7 +82,7 @@ def unit_bytes_by_hand(stages, i, j, b):
     part, last = stages[i : j + 1], stages[j]
     entry = part[0].input.per_sample * b
     all_kept = sum(s.kept.per_sample for s in part) * b
-    moments = [entry + all_kept + last.head.transient[0].per_sample * b]
+    moments = [entry + all_kept + last.head.transient.per_sample * b]
     for k in range(i, j + 1):
         kept = sum(s.kept.per_sample for s in stages[i : k + 1]) * b
         later = sum(s.gradients for s in stages[k + 1 : j + 1]) + last.head.gradients
@@ -286,14 +286,6 @@ def test_on_the_cpu_all_weights_count_beside_every_block_and_the_engines_slots_d
         own = profile.stages[k].weights + profile.stages[k].head.weights
         slots = 2 * 32 * (profile.stages[k - 1].output // 2) if k else 0
         assert other.peak - one.peak == pytest.approx(everything - own - slots, abs=1)
-
-
-def test_the_fewest_chunks_that_do_not_raise_the_peak_are_taken():
-    base = stage("s", kept=100, transient=300)
-    lines = tuple(Line(0, 4800 / n) for n in (1, 2, 4, 8, 16, 32))
-    head = replace(base.head, spec=HeadSpec("conv3x3", 4, 64), chunks=(1, 2, 4, 8, 16, 32), transient=lines)
-    profile = profile_of([replace(base, head=head), base])
-    assert Costs(profile, False, {}).chunks(0, 0, 10)[0] == 16, "4800 / 16 = 300 = the backward's transient"
 
 
 def test_learning_rates_follow_the_batch():

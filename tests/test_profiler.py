@@ -21,7 +21,7 @@ from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.profiler import fit, fit_bytes, flops_of, probe_tiers, profile_stages, profile_unit
-from nf_engine.records import Line, Plan, TierProbe, UnitPlan
+from nf_engine.records import HeadSpec, Line, Plan, TierProbe, UnitPlan
 from nf_engine.stages import split
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_a_unit_is_the_sum_of_its_stages_within_five_percent(name):
     cut, config, made = profile_of(build(name, width=0.5))
     costs, last = Costs(made, False, {}), len(made.stages) - 1
     for first, end in ((0, 0), (0, last), (1, 3), (2, last)):
-        unit = UnitPlan(first, end, made.stages[end].head.spec, 1, 0)
+        unit = UnitPlan(first, end, made.stages[end].head.spec, "reference", 0)
         whole = profile_unit(cut, unit, config, 128, CPU).at(128)
         assert costs.unit(first, end, 128) == pytest.approx(whole, rel=0.05)
 
@@ -90,13 +90,15 @@ def test_a_unit_is_the_sum_of_its_stages_within_five_percent(name):
 def test_the_sum_of_a_unit_is_not_below_it_where_gradients_of_the_input_are_left_out():
     cut, config, made = profile_of(build("vgg16", width=0.5))
     last = len(made.stages) - 1
-    whole = profile_unit(cut, UnitPlan(last, last, made.stages[last].head.spec, 1, 0), config, 128, CPU).at(128)
+    whole = profile_unit(cut, UnitPlan(last, last, made.stages[last].head.spec, "reference", 0), config, 128, CPU).at(
+        128
+    )
     assert whole <= Costs(made, False, {}).unit(last, last, 128) <= 1.2 * whole
 
 
 def test_the_line_of_a_unit_is_never_below_it_between_its_two_sizes():
     cut, config, made = profile_of(build("vgg16", width=0.25))
-    unit = UnitPlan(4, 9, made.stages[9].head.spec, 1, 0)
+    unit = UnitPlan(4, 9, made.stages[9].head.spec, "reference", 0)
     line = profile_unit(cut, unit, config, 64, CPU)
     for batch in (33, 40, 50, 63):
         exact = profile_unit(cut, unit, config, batch, CPU).at(batch)
@@ -216,17 +218,24 @@ def test_flops_of_a_residual_block_by_hand():
     assert flops_of(stage.module, (16, 32, 32)) == 2 * 16 * 16 * (32 * 16 * 9 + 32 * 16 + 32 * 32 * 9)
 
 
-@pytest.mark.parametrize("head", ["conv1x1", "conv3x3", "deep"])
-def test_other_heads_are_profiled_with_their_chunks(head):
-    _, _, made = profile_of(build("vgg11", width=0.25), TrainConfig(head=head))
-    first = made.stages[0].head
-    assert first.spec.kind == head
-    assert first.flops > 0
-    if head != "deep":
-        assert first.chunks == (1, 2, 4, 8, 16, 32)
-        peaks = [line.at(128) for line in first.transient]
-        assert peaks == sorted(peaks, reverse=True), "more chunks, fewer bytes"
-        assert peaks[-1] < 0.6 * peaks[0]
+def test_heads_are_deep_for_windows_and_linear_for_layerwise_unless_told():
+    network = build("vgg11", width=0.25)
+    kinds = {}
+    for settings in (TrainConfig(), TrainConfig(partition="layerwise"), TrainConfig(head="linear"),
+                     TrainConfig(partition="layerwise", head="deep", head_width=24, head_depth=3)):  # fmt: skip
+        _, _, made = profile_of(network, settings)
+        assert {s.head.path for s in made.stages[:-1]} == {"reference"}
+        assert made.stages[-1].head.path == "autograd"
+        kinds[settings.partition, settings.head] = [s.head.spec for s in made.stages]
+    assert {s.kind for s in kinds["windows", "auto"][:-1]} == {"deep"}
+    assert (
+        {s.kind for s in kinds["layerwise", "auto"][:-1]}
+        == {"linear"}
+        == {s.kind for s in kinds["windows", "linear"][:-1]}
+    )
+    assert kinds["layerwise", "deep"][0] == HeadSpec("deep", 2, 24, 3), "16 pixels come down to 2"
+    assert {(s.kind, s.width, s.depth) for s in kinds["layerwise", "deep"][:-1]} == {("deep", 24, 3)}
+    assert {specs[-1].kind for specs in kinds.values()} == {"classifier"}
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("vgg11", "windows"), ("resnet18", "layerwise")])

@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
 
 def a_plan(seconds=(1.0, 3.0), epochs=2):
     def block(first, last, tier, predicted):
-        units = tuple(UnitPlan(k, k, HeadSpec("linear"), 1, MIB) for k in range(first, last + 1))
+        units = tuple(UnitPlan(k, k, HeadSpec("linear"), "reference", MIB) for k in range(first, last + 1))
         return BlockPlan(units, 32, 0.1, 3 * MIB, predicted, CachePlan(tier, "fp16", 1, 0, {}, "for the test"))
 
     blocks = (block(0, 1, "images", seconds[0]), block(2, 2, "ram", seconds[1]))
@@ -68,7 +68,7 @@ def test_lines_state_the_plan_the_epochs_and_the_blocks(capsys):
     out, err = capsys.readouterr()
     assert out == ""  # stdout belongs to the result
     lines = err.splitlines()
-    assert lines[0].split() == ["block", "unit", "stages", "head", "batch", "lr", "peak", "inputs"]
+    assert lines[0].split() == ["block", "unit", "stages", "head", "step", "batch", "lr", "peak", "inputs"]
     assert "note: a note of the plan" in lines
     assert lines[lines.index("note: a note of the plan") + 1 :] == [
         "block 1/2: 2 units, batch 32, inputs from images",

@@ -28,14 +28,14 @@ MIB = 2**20
 
 def head_profile(**changes):
     fields = {
-        "spec": HeadSpec("conv3x3", 2, 64, 0),
+        "spec": HeadSpec("deep", 2, 64, 3),
         "weights": 1,
         "gradients": 2,
         "optimizer": 3,
         "parameters": 4,
         "flops": 5,
-        "chunks": (1, 2, 4),
-        "transient": (Line(1.5, 2.5, 0.125), Line(3, 4), Line(5.0, 6.0)),
+        "transient": Line(1.5, 2.5, 0.125),
+        "path": "fused",
         "seconds": Line(0.25, 0.5),
     }
     return HeadProfile(**{**fields, **changes})
@@ -90,8 +90,8 @@ PLAN = Plan(
     blocks=(
         BlockPlan(
             units=(
-                UnitPlan(0, 1, HeadSpec("conv3x3", 4, 48), 2, 140 * MIB),
-                UnitPlan(2, 2, HeadSpec("linear", 4), 1, 90 * MIB),
+                UnitPlan(0, 1, HeadSpec("deep", 1, 48, 2), "fused", 140 * MIB),
+                UnitPlan(2, 2, HeadSpec("linear", 4), "reference", 90 * MIB),
             ),
             batch=96,
             lr=0.075,
@@ -100,7 +100,7 @@ PLAN = Plan(
             cache=CachePlan("images", "fp16", 1, 0, {}, "first block"),
         ),
         BlockPlan(
-            units=(UnitPlan(3, 3, HeadSpec("classifier"), 1, 100 * MIB),),
+            units=(UnitPlan(3, 3, HeadSpec("classifier"), "autograd", 100 * MIB),),
             batch=512,
             lr=0.4,
             peak=120 * MIB,
@@ -234,10 +234,10 @@ def test_a_plan_knows_its_units_its_ends_and_its_peak():
 def test_the_table_of_a_plan_holds_its_numbers():
     rows = [" ".join(row.split()) for row in PLAN.table().splitlines()]
     assert rows == [
-        "block unit stages head batch lr peak inputs",
-        "0 0 stem .. body.1 conv3x3 48 96 0.075 150.0 MiB images",
-        "1 body.2 linear",
-        "1 2 tail classifier 512 0.4 120.0 MiB disk, 1.50 GiB fp16, 2 copies",
+        "block unit stages head step batch lr peak inputs",
+        "0 0 stem .. body.1 deep 48 fused 96 0.075 150.0 MiB images",
+        "1 body.2 linear reference",
+        "1 2 tail classifier autograd 512 0.4 120.0 MiB disk, 1.50 GiB fp16, 2 copies",
         "budget 200.0 MiB, plan 150.0 MiB (75%); 3.00 MiB of it beside every block; host buffers 64.0 MiB",
         "at batch 128: backpropagation 457.0 MiB, checkpointed 330.0 MiB, this plan 150.0 MiB; "
         "lower bound (largest stage at batch 1) 17.0 MiB",

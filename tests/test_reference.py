@@ -1,21 +1,29 @@
 """The head's step without autograd, against float64 autograd of the same head written with torch's own layers."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nf_engine import reference
-from nf_engine.records import HeadSpec
-from nf_engine.reference import IGNORE_INDEX, HeadParams
+from nf_engine.reference import IGNORE_INDEX, HeadParams, Statistics
 
-SPECS = [HeadSpec("linear"), HeadSpec("conv1x1", width=5), HeadSpec("conv3x3", width=5)]
-KIND = [spec.kind for spec in SPECS]
-# (H, W, q): windows that divide the map, that overlap in one or both directions, and a map of one pixel
-MAPS = [(8, 8, 4), (8, 4, 2), (7, 7, 4), (7, 7, 2), (5, 3, 2), (4, 6, 4), (9, 7, 1), (1, 1, 1)]
-# Norm of the difference relative to the norm of the result: where sums cancel, single values lose more. bfloat16
-# carries 8 bits, and dx and the convolution's gradient a few roundings of them.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
-CLASSES = 7
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# (H, W, q): windows that divide the map, that overlap in one or both directions, maps as large as q, and one pixel
+MAPS = [(8, 8, 4), (8, 4, 2), (7, 7, 4), (7, 7, 2), (5, 3, 2), (4, 6, 4), (7, 8, 3), (6, 9, 3), (9, 7, 1), (8, 8, 1),
+        (4, 4, 4), (1, 1, 1)]  # fmt: skip
+# (H, W, q, d): halved evenly and unevenly, to one row and to one pixel
+DEEP = [(8, 8, 1, 1), (8, 8, 2, 1), (7, 5, 2, 1), (8, 8, 2, 2), (9, 7, 1, 2), (9, 9, 2, 2), (8, 8, 1, 3), (16, 9, 2, 3),
+        (2, 2, 1, 3), (5, 1, 1, 2)]  # fmt: skip
+HEADS = [(8, 8, 1, 0), (8, 8, 4, 0), (7, 7, 2, 0), (8, 8, 1, 1), (9, 9, 2, 2), (12, 8, 1, 3)]
+# Norm of the difference relative to the norm of the result: where sums cancel, single values lose more. The half types
+# carry 8 and 11 bits; behind each norm of a deep head the map is rounded, and a value near 0 may change its side.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DEEP_TOLERANCE = TOLERANCE | {torch.float32: 5e-6, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+CLASSES, CHANNELS = 7, 3
 
 
 @pytest.fixture(autouse=True)
@@ -27,47 +35,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make(spec, n, c, h, w, q, dtype=torch.float64, layout=torch.contiguous_format, ignored=0):
-    g = torch.Generator().manual_seed(1000 * h + 10 * w + q)
-    wide = torch.promote_types(dtype, torch.float32)
-    kernel, filters = reference.KERNELS[spec.kind], spec.width or c
-    x = torch.randn(n, c, h, w, generator=g, dtype=torch.float64).to(dtype).to(memory_format=layout)
-    wl = torch.randn(CLASSES, filters * q * q, generator=g, dtype=wide)
-    bl = torch.randn(CLASSES, generator=g, dtype=wide)
-    wc = torch.randn(filters, c, kernel, kernel, generator=g, dtype=wide) / c**0.5 if kernel else None
-    bc = torch.randn(filters, generator=g, dtype=wide) if kernel else None
-    labels = torch.randint(CLASSES, (n,), generator=g)
-    labels[:ignored] = IGNORE_INDEX
-    scale = torch.rand((), generator=g, dtype=wide) + 0.1  # not one: a step that forgets it must fail
-    return x, HeadParams(wc, bc, wl, bl), labels, scale, HeadSpec(spec.kind, pool=q, width=spec.width)
-
-
-def exact(x, params, labels, scale, q, smoothing):
-    """loss_rows, dx and gradients by float64 autograd."""
-    leaf, wc, bc, wl, bl = (None if t is None else t.double().clone().requires_grad_() for t in (x, *params))
-    h = leaf if wc is None else F.relu(F.conv2d(leaf, wc, bc, padding=wc.shape[2] // 2))
-    logits = F.linear(F.adaptive_avg_pool2d(h, q).flatten(1), wl, bl)
-    rows = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-    (rows.sum() * scale.double()).backward()
-    return rows.detach(), leaf.grad, [None if p is None else p.grad for p in (wc, bc, wl, bl)]
-
-
-def assert_near(found, expected, tolerance):
-    assert found.shape == expected.shape
-    error = (found.double() - expected.double()).norm()
-    assert error <= tolerance * max(expected.double().norm().item(), 1e-3), f"error {error}, norm {expected.norm()}"
-
-
-def assert_step_is_exact(step, truth, tolerance):
-    rows, dx, grads = truth
-    assert_near(step.loss_rows, rows, tolerance)
-    assert_near(step.dx, dx, tolerance)
-    for found, expected in zip(step.grads, grads, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            assert_near(found, expected, tolerance)
-
-
 @pytest.fixture
 def poisoned():
     """torch.empty gives NaN: what is not written shows."""
@@ -75,6 +42,100 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def make(n, h, w, q, depth, dtype=torch.float64, layout=torch.contiguous_format, ignored=0):
+    """Arguments of a step by name, all random; a head of depth 0 is linear."""
+    g = torch.Generator().manual_seed(1000 * h + 100 * w + 10 * q + depth)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=wide)
+
+    x = (randn(n, CHANNELS, h, w) + 0.5).to(dtype).to(memory_format=layout)
+    widths = [CHANNELS, 4, 6, 5][: depth + 1]
+    convs = tuple(randn(f, c, 3, 3) / (9 * c) ** 0.5 for c, f in itertools.pairwise(widths))
+    gammas, betas = tuple(1 + randn(f) / 4 for f in widths[1:]), tuple(randn(f) / 4 for f in widths[1:])
+    running = Statistics(tuple(randn(f) for f in widths[1:]), tuple(randn(f) ** 2 for f in widths[1:]))
+    labels = torch.randint(CLASSES, (n,), generator=g)
+    labels[:ignored] = IGNORE_INDEX
+    return {
+        "x": x,
+        "params": HeadParams(convs, gammas, betas, randn(CLASSES, widths[-1] * q * q), randn(CLASSES)),
+        "running": running,
+        "labels": labels,
+        "scale": torch.rand((), generator=g, dtype=wide) + 0.1,  # not one: a step that forgets it must fail
+        "pool": q,
+        "smoothing": 0.1,
+    }
+
+
+def step(given, **changed):
+    """One step on a copy of the statistics; returns it and the statistics it moved."""
+    given = {**given, **changed}
+    running = copy.deepcopy(given["running"])
+    with torch.no_grad():
+        return reference.head_step(**(given | {"running": running})), running
+
+
+def plain(given, dtype=torch.float64):
+    """The same head of torch's own layers, in `dtype`, its convolutions rounded as the step rounds them."""
+    params, running, (height, width) = given["params"], given["running"], given["x"].shape[2:]
+    layers = []
+    for weight, *norm in zip(*params[:3], *running, strict=True):
+        stride = 1 if height == width == 1 else 2
+        height, width = (height + 1) // 2, (width + 1) // 2
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride, 1, bias=False, dtype=dtype)
+        batch_norm = nn.BatchNorm2d(weight.shape[0], dtype=dtype)
+        held = (conv.weight, batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var)
+        with torch.no_grad():
+            for mine, value in zip(held, (weight.to(given["x"].dtype), *norm), strict=True):
+                mine.copy_(value)
+        layers += [conv, batch_norm, nn.ReLU()]
+    linear = nn.Linear(params.wl.shape[1], CLASSES, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(params.wl)
+        linear.bias.copy_(params.bl)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(given["pool"]), nn.Flatten(), linear)
+
+
+def in_order(module):
+    """Gradients of a plain head in the order of HeadParams.flat()."""
+    convs = [m.weight.grad for m in module if isinstance(m, nn.Conv2d)]
+    norms = [m for m in module if isinstance(m, nn.BatchNorm2d)]
+    return [
+        *convs,
+        *(m.weight.grad for m in norms),
+        *(m.bias.grad for m in norms),
+        *(p.grad for p in module[-1].parameters()),
+    ]
+
+
+def exact(given, **changed):
+    """loss_rows, dx, gradients and moved statistics by float64 autograd."""
+    given = {**given, **changed}
+    module, leaf = plain(given), given["x"].detach().double().clone().requires_grad_()
+    rows = F.cross_entropy(module(leaf), given["labels"], reduction="none", label_smoothing=given["smoothing"])
+    (rows.sum() * given["scale"].double()).backward()
+    norms = [m for m in module if isinstance(m, nn.BatchNorm2d)]
+    moved = [*(m.running_mean for m in norms), *(m.running_var for m in norms)]
+    return [rows.detach(), leaf.grad, *in_order(module), *moved]
+
+
+def results(taken):
+    """Of a step as `step` returns it, in the order of `exact`."""
+    taken, running = taken
+    return [taken.loss_rows, taken.dx, *taken.grads.flat(), *running.means, *running.variances]
+
+
+def assert_near(found, expected, tolerance):
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape
+        error, norm = (a.double() - b.double()).norm().item(), b.double().norm().item()
+        assert error <= tolerance * max(norm, 1e-3), f"result {k}: error {error}, norm {norm}"
+
+
+# --- cross-entropy ---
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -113,98 +174,151 @@ def test_a_label_out_of_range_makes_its_own_row_nan_and_no_other(wrong):
     torch.testing.assert_close(loss[right], expected)
 
 
-@pytest.mark.parametrize(("h", "w", "q"), MAPS)
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_the_step_matches_float64_autograd(spec, h, w, q, poisoned):
-    x, params, labels, scale, spec = make(spec, 6, 3, h, w, q, ignored=1)
-    for smoothing in (0.0, 0.1):
-        truth = exact(x, params, labels, scale, q, smoothing)
-        for chunks in (1, 2, 3, 8, 32):
-            step = reference.head_step(x, params, labels, scale, spec=spec, smoothing=smoothing, chunks=chunks)
-            assert_step_is_exact(step, truth, TOLERANCE[torch.float64])
+# --- the step ---
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("h", "w", "q", "depth"), [*((*case, 0) for case in MAPS), *DEEP])
+def test_the_step_matches_float64_autograd(h, w, q, depth, poisoned):
+    given = make(6, h, w, q, depth, ignored=1)
+    for smoothing in (0.0, 0.1, 1.0):
+        found = results(step(given, smoothing=smoothing))
+        assert_near(found, exact(given, smoothing=smoothing), TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_the_step_keeps_its_precision_dtype_and_layout(h, w, q, depth, dtype, layout, poisoned):
+    given = make(24, h, w, q, depth, dtype, LAYOUTS[layout])
+    x, before = given["x"], given["x"].clone()
+    taken, running = step(given)
+    assert_near(results((taken, running)), exact(given), (DEEP_TOLERANCE if depth else TOLERANCE)[dtype])
+    assert {t.dtype for t in (taken.loss_rows, *taken.grads.flat(), *running.means)} == {torch.float32}
+    assert all(g.is_contiguous() for g in taken.grads.flat())
+    assert taken.dx.dtype == dtype
+    assert taken.dx.stride() == ((CHANNELS, 1, 0, 0) if q == 1 and not depth else x.stride())
+    assert taken.dx.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("h", "w", "q"), [(12, 12, 4), (7, 7, 2), (16, 16, 1)])
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_the_step_keeps_its_precision_dtype_and_layout(spec, h, w, q, dtype, layout, poisoned):
-    x, params, labels, scale, spec = make(spec, 9, 6, h, w, q, dtype, layout)
-    rounded = params if params.wc is None else params._replace(wc=params.wc.to(dtype), bc=params.bc.to(dtype))
-    truth = exact(x, rounded, labels, scale, q, 0.1)
-    before = x.clone()
-    for chunks in (1, 4):
-        step = reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1, chunks=chunks)
-        assert_step_is_exact(step, truth, TOLERANCE[dtype])
-        assert step.loss_rows.dtype == torch.float32
-        assert {g.dtype for g in step.grads if g is not None} == {torch.float32}
-        assert step.dx.dtype == dtype
-        assert step.dx.stride() == x.stride()
-        assert step.dx.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-        assert torch.equal(x, before)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_running_statistics_move_as_those_of_batch_norm(depth, dtype):
+    given = make(5, 9, 8, 1, depth, dtype)
+    module = plain(given, torch.float32)
+    for k in range(0, 3 * depth, 3):
+        module[k].to(dtype)
+    running = copy.deepcopy(given["running"])
+    for _ in "ab":
+        with torch.no_grad():
+            module[:-2](given["x"])
+            reference.head_step(**(given | {"running": running}))
+    norms = [m for m in module if isinstance(m, nn.BatchNorm2d)]
+    for norm, mean, variance in zip(norms, *running, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert torch.equal(norm.running_var, variance)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-@pytest.mark.parametrize(("h", "q"), [(8, 4), (7, 2)])
-def test_chunks_change_no_more_than_the_last_bits(spec, h, q):
-    x, params, labels, scale, spec = make(spec, 40, 6, h, h, q, torch.float32, ignored=3)
-    whole = reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1)
-    for chunks in (2, 3, 8, 32, 100):
-        parts = reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1, chunks=chunks)
-        assert_step_is_exact(parts, (whole.loss_rows, whole.dx, whole.grads), 1e-6)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_one_sample_is_enough_where_the_map_has_more_than_one_pixel(h, w, q, depth):
+    given = make(1, 2 * h, 2 * w, q, depth)
+    assert_near(results(step(given)), exact(given), TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_ignored_rows_add_exactly_nothing(spec):
-    x, params, labels, scale, spec = make(spec, 6, 3, 6, 6, 2, ignored=2)
-    step = reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1)
-    alone = reference.head_step(x[2:], params, labels[2:], scale, spec=spec, smoothing=0.1)
-    assert not step.loss_rows[:2].any()
-    assert not step.dx[:2].any()
-    assert_step_is_exact(alone, (step.loss_rows[2:], step.dx[2:], step.grads), 1e-12)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_ignored_rows_have_no_loss_and_no_gradient_of_their_own(h, w, q, depth):
+    given = make(6, h, w, q, depth, ignored=2)
+    taken, _ = step(given)
+    assert not taken.loss_rows[:2].any()
+    if depth:
+        return assert_near(results(step(given)), exact(given), 1e-12)  # the norms see them all the same
+    assert not taken.dx[:2].any()
+    rest, _ = step(given, x=given["x"][2:], labels=given["labels"][2:])
+    found = [rest.loss_rows, rest.dx, *rest.grads.flat()]
+    return assert_near(found, [taken.loss_rows[2:], taken.dx[2:], *taken.grads.flat()], 1e-12)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_a_batch_that_is_ignored_whole_gives_zeros_although_scale_is_infinite(spec):
-    x, params, labels, _, spec = make(spec, 6, 3, 6, 6, 2, torch.float32, ignored=6)
-    step = reference.head_step(x, params, labels, torch.tensor(torch.inf), spec=spec, smoothing=0.1, chunks=2)
-    for result in (step.loss_rows, step.dx, *(g for g in step.grads if g is not None)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_a_batch_that_is_ignored_whole_gives_zeros_although_scale_is_infinite(h, w, q, depth, dtype):
+    given = make(6, h, w, q, depth, dtype, ignored=6)
+    taken, _ = step(given, scale=torch.tensor(torch.inf))
+    for result in (taken.loss_rows, taken.dx, *taken.grads.flat()):
         assert not result.any()  # NaN counts as true
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_an_empty_batch_gives_empty_rows_and_zero_gradients(spec):
-    x, params, labels, scale, spec = make(spec, 0, 3, 6, 6, 2, torch.float32)
-    step = reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1, chunks=4)
-    assert step.loss_rows.shape == (0,)
-    assert step.dx.shape == x.shape
-    assert not any(g.any() for g in step.grads if g is not None)
-    assert reference.head_logits(x, params, spec=spec, chunks=4).shape == (0, CLASSES)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_a_wrong_label_gives_a_nan_row_and_gradients_that_show_it(h, w, q, depth):
+    given = make(4, h, w, q, depth)
+    right, _ = step(given)
+    wrong = torch.tensor([0, CLASSES, 1, 2])
+    given["labels"] = wrong
+    taken, _ = step(given)
+    assert taken.loss_rows.isnan().tolist() == [False, True, False, False]
+    assert taken.grads.wl.isnan().any()
+    assert taken.dx[1].isnan().all()
+    assert taken.dx[0].isnan().any() == bool(depth)  # a norm spreads it
+    assert right.loss_rows.isfinite().all()
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_a_strided_or_expanded_x_is_read_rightly(spec):
-    big, params, labels, scale, spec = make(spec, 8, 3, 16, 8, 2)
-    for x, y in ((big[::2, :, ::2], labels[::2]), (big[:1, :, :8].expand(4, -1, -1, -1), labels[:4])):
-        step = reference.head_step(x, params, y, scale, spec=spec, smoothing=0.1, chunks=2)
-        assert_step_is_exact(step, exact(x, params, y, scale, 2, 0.1), 1e-12)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_an_x_that_is_not_finite_shows_in_loss_and_gradients(h, w, q, depth, bad):
+    given = make(4, h, w, q, depth, torch.float32)
+    given["x"][1, 0, 2, 2] = bad
+    taken, running = step(given)
+    assert not taken.loss_rows[1].isfinite()
+    assert not taken.dx[1].isfinite().any()
+    assert not any(g.isfinite().all() for g in taken.grads.flat()[:-2])
+    assert not taken.grads.wl.isfinite().all()
+    if depth:
+        assert not any(m.isfinite().all() for m in (*running.means, *running.variances))
+    else:
+        assert taken.loss_rows.isfinite().tolist() == [True, False, True, True]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_the_same_inputs_give_the_same_bits(spec):
-    x, params, labels, scale, spec = make(spec, 32, 8, 16, 16, 4, torch.float32)
-    first, second = (reference.head_step(x, params, labels, scale, spec=spec, smoothing=0.1, chunks=4) for _ in "ab")
-    for a, b in zip((*first[:2], *first.grads), (*second[:2], *second.grads), strict=True):
-        assert a is b is None or torch.equal(a, b)
+@pytest.mark.parametrize(("h", "w", "q"), [(8, 8, 1), (6, 6, 2), (7, 7, 2)])
+def test_an_empty_batch_gives_empty_rows_and_zero_gradients(h, w, q):
+    given = make(0, h, w, q, 0, torch.float32)
+    taken, _ = step(given)
+    assert taken.loss_rows.shape == (0,)
+    assert taken.dx.shape == given["x"].shape
+    assert not any(g.any() for g in taken.grads.flat())
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=KIND)
-def test_logits_match_float64_in_any_number_of_chunks(spec):
-    x, params, *_, spec = make(spec, 6, 3, 7, 5, 2, torch.float32)
-    wc, bc, wl, bl = (None if p is None else p.double() for p in params)
-    h = x.double() if wc is None else F.relu(F.conv2d(x.double(), wc, bc, padding=wc.shape[2] // 2))
-    expected = F.linear(F.adaptive_avg_pool2d(h, 2).flatten(1), wl, bl)
-    for chunks in (1, 4, 32):
-        logits = reference.head_logits(x, params, spec=spec, chunks=chunks)
-        assert logits.dtype == torch.float32
-        assert_near(logits, expected, 1e-6)
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_a_strided_an_expanded_and_a_transposed_x_are_read_rightly(h, w, q, depth):
+    given = make(8, 2 * h, w, q, depth)
+    x, labels = given["x"], given["labels"]
+    views = [(x[::2, :, ::2], labels[::2]), (x[:1].expand(4, -1, -1, -1), labels[:4]), (x.transpose(2, 3), labels)]
+    for view, of_view in views:
+        before = view.clone()
+        changed = {"x": view, "labels": of_view}
+        assert_near(results(step(given, **changed)), exact(given, **changed), 1e-12)
+        assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_labels_that_begin_inside_a_tensor_are_read_rightly(h, w, q, depth):
+    given = make(6, h, w, q, depth)
+    longer = torch.cat([torch.tensor([CLASSES + 1]), given["labels"]])
+    for a, b in zip(results(step(given, labels=longer[1:])), results(step(given)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_the_same_inputs_give_the_same_bits(h, w, q, depth):
+    given = make(32, h, w, q, depth, torch.float32)
+    for a, b in zip(results(step(given)), results(step(given)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("h", "w", "q", "depth"), HEADS)
+def test_features_match_float64(h, w, q, depth, training):
+    given = make(6, h, w, q, depth, torch.float32)
+    expected = plain(given).train(training)[:-1](given["x"].double())
+    params, running = given["params"], given["running"]
+    features = reference.head_features(given["x"], params, running, q, training)
+    assert features.dtype == torch.float32
+    assert_near([features], [expected], 5e-6)
