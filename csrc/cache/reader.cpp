@@ -11,8 +11,6 @@
 namespace nf {
 namespace {
 
-enum class Slot { kFree, kReady };
-
 uint64_t batches_of(const Header& header, const EpochOptions& options) {
     const uint64_t whole = header.n_samples / options.batch;
     return whole + (!options.drop_last && header.n_samples % options.batch != 0);
@@ -22,6 +20,8 @@ uint64_t batches_of(const Header& header, const EpochOptions& options) {
 
 // Everything that the threads use: they hold it together, so that a stuck one can be left behind.
 struct Epoch::State {
+    enum class Slot { kFree, kReady };
+
     State(std::shared_ptr<Engine> engine_, std::shared_ptr<Source> source_, const EpochOptions& options_)
         : engine(std::move(engine_)),
           source(std::move(source_)),
@@ -261,13 +261,13 @@ Epoch::Batch Epoch::next(gpu::Stream stream, const Interrupt& interrupt) {
         if (handed_) {
             const size_t before = (turn_ - 1) % state.slot.size();
             if (state.options.on_device && !state.work.cancelled) state.freed->record(before, stream);
-            state.slot[before] = Slot::kFree;
+            state.slot[before] = State::Slot::kFree;
             handed_ = false;
             state.freed_slot.notify_one();
         }
         if (turn_ >= state.batches && !state.work.error && !state.work.cancelled) return {0, 0, nullptr};
         const size_t i = turn_ % state.slot.size();
-        const auto there = [&] { return state.slot[i] == Slot::kReady || state.work.cancelled; };
+        const auto there = [&] { return state.slot[i] == State::Slot::kReady || state.work.cancelled; };
         if (!there()) {
             const Timed stall(state.source->stats.read_stall_ns);
             state.work.wait(lock, interrupt, "pread", path, engine_->io_timeout, there);
