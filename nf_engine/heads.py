@@ -240,7 +240,7 @@ def head_bytes(
     spec, fused = clipped(spec, shape), path == "fused"
     features, logits = 4 * batch * _features(spec, shape), 4 * batch * classes
     gradients = 4 * classes * (_features(spec, shape) + 1)  # of the linear layer; the convolutions' come one by one
-    tail = max(features + 2 * logits + logits // 4, 2 * features + logits + gradients) + 4 * batch
+    tail = max(features + 2 * logits, 2 * features + logits + gradients) + 4 * batch
     gradients += (2 * features + logits if fused else 0) + 4 * batch
     convs = _convs(spec, shape)
     if not convs:

@@ -137,7 +137,7 @@ def _operator(
     moved = Statistics(tuple(m.clone() for m in means), tuple(v.clone() for v in variances))
     step = _step(x, params, moved, labels, scale, pool, smoothing)
     dx = step.dx[:, :, :1, :1].contiguous() if _broadcast(convs, pool) else step.dx
-    return [step.loss_rows, dx, *step.grads.flat(), *moved.means, *moved.variances]
+    return [step.loss_rows, dx, *(g.contiguous() for g in step.grads.flat()), *moved.means, *moved.variances]
 
 
 @_operator.register_fake

@@ -69,7 +69,7 @@ class Statistics(NamedTuple):
 class HeadStep(NamedTuple):
     """loss_rows (N,) unscaled, 0 where ignored; dx like x, and grads like params, both of scale * sum(loss_rows).
 
-    dx is channels_last where x is, else contiguous; grads are contiguous.
+    dx is channels_last where x is, else contiguous; grads are dense, those of convolutions in either layout.
     """
 
     loss_rows: Tensor
@@ -100,12 +100,13 @@ def cross_entropy_rows(
     classes = logp.shape[1]
     ignored = labels == ignore_index
     known = ignored | ((labels >= 0) & (labels < classes))
-    hit = labels[:, None] == torch.arange(classes, device=labels.device)  # compared, so no label reads out of bounds
+    hit = torch.arange(len(labels), device=labels.device), labels.clamp(0, classes - 1)  # no label is out of bounds
 
-    loss = logp.gather(1, labels.clamp(0, classes - 1)[:, None]).squeeze(1).mul_(smoothing - 1.0)
+    loss = logp[hit].mul_(smoothing - 1.0)
     if smoothing:  # the mean may be -inf, and 0 * inf is NaN
         loss -= smoothing * logp.mean(1)
-    dlogits = logp.exp_().sub_(smoothing / classes).add_(hit, alpha=smoothing - 1.0)
+    dlogits = logp.exp_().sub_(smoothing / classes)
+    dlogits[hit] += smoothing - 1.0
     loss.masked_fill_(ignored, 0.0).masked_fill_(~known, torch.nan)
     dlogits.masked_fill_(ignored[:, None], 0.0).masked_fill_(~known[:, None], torch.nan)
     return loss, dlogits
@@ -193,12 +194,12 @@ def conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv_backward(ds: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of the weight: float32 (float64), contiguous whatever the layout of x."""
+    """Gradients of x, in its dtype, and of the weight: float32 (float64), in the layout that the library gives it."""
     stride = stride_of(*x.shape[2:])
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         ds, x, weight, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )
-    return dx, dweight.to(_wide(x), memory_format=torch.contiguous_format)
+    return dx, dweight.to(_wide(x))
 
 
 def _wide(x: Tensor) -> torch.dtype:
