@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,22 +51,46 @@ class Planner:
         together: bool | None = None,
     ) -> None:
         """together: resting weights share the budget; where None, if the device is the CPU."""
-        self.cut, self.settings, self.preprocess, self.uint8 = cut, settings, preprocess, uint8
-        self.device, self.samples, self.folder, self.batch_sizes = device, samples, folder, batch_sizes
+        self.cut, self.preprocess, self.uint8 = cut, preprocess, uint8
+        self.device, self.samples, self.folder = device, samples, folder
         self.together = device is not None and device.type == "cpu" if together is None else together
-        self.profile = profile_stages(
-            cut, settings, preprocess, name=name, uint8=uint8, device=device, batch_sizes=batch_sizes, budget=budget
-        )
-        self.measured: dict[tuple[int, int], Line] = {}
         self._probed: TierProbe | None = None
+        self._profiled = partial(
+            profile_stages,
+            cut,
+            preprocess=preprocess,
+            name=name,
+            uint8=uint8,
+            device=device,
+            batch_sizes=batch_sizes,
+            budget=budget,
+        )
+        self._start(settings)
+
+    def _start(self, settings: TrainConfig) -> None:
+        self.settings = settings
+        self.profile = self._profiled(config=settings)
+        self.measured: dict[tuple[int, int], Line] = {}
         self._upto: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
 
     def plan(self, budget: int) -> Plan:
         """The plan whose blocks, run whole under the meter, stay below the budget minus its margin.
 
+        Where the kind of the heads is ours to choose and no plan with deep ones fits, linear ones are tried.
+
         Raises:
             InfeasibleBudgetError: there is none.
         """
+        try:
+            return self._plan(budget)
+        except InfeasibleBudgetError:
+            if self.settings.head != "auto" or self.settings.head_kind == "linear":
+                raise
+        self._start(self.settings.with_fields({"head": "linear"}))
+        made = self._plan(budget)
+        return replace(made, warnings=(*made.warnings, "linear heads, as no plan with deep ones fits the budget"))
+
+    def _plan(self, budget: int) -> Plan:
         where = self.device or torch.device("cpu")
         last = len(self.cut.stages) - 1
         target = min(

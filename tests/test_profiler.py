@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from nf_engine import planner, profiler
 from nf_engine.config import TrainConfig
 from nf_engine.device import TensorBytes, free_ram
-from nf_engine.errors import BudgetError
+from nf_engine.errors import BudgetError, InfeasibleBudgetError
 from nf_engine.models import build
 from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
@@ -236,6 +236,28 @@ def test_heads_are_deep_for_windows_and_linear_for_layerwise_unless_told():
     assert kinds["layerwise", "deep"][0] == HeadSpec("deep", 2, 24, 3), "16 pixels come down to 2"
     assert {(s.kind, s.width, s.depth) for s in kinds["layerwise", "deep"][:-1]} == {("deep", 24, 3)}
     assert {specs[-1].kind for specs in kinds.values()} == {"classifier"}
+
+
+def test_where_no_plan_with_deep_heads_fits_linear_ones_are_tried(monkeypatch):
+    partition = planner.partition
+
+    def only_linear(profile, *arguments, **options):
+        if any(s.head.spec.kind == "deep" for s in profile.stages):
+            raise InfeasibleBudgetError("too much", stage="s", need=2, budget=1)
+        return partition(profile, *arguments, **options)
+
+    monkeypatch.setattr(planner, "partition", only_linear)
+    cut = split(build("vgg11", width=0.25), (3, 32, 32))
+    for settings in (TrainConfig(batch_size=64), TrainConfig(batch_size=64, head="deep")):
+        work = Planner(cut, settings, PLAIN, True, None, 5000, "vgg11", None, together=True)
+        if settings.head == "deep":
+            with pytest.raises(InfeasibleBudgetError, match="too much"):
+                work.plan(24 << 20)
+            continue
+        made = work.plan(24 << 20)
+        assert {u.head.kind for u in made.units} == {"linear", "classifier"}
+        assert "linear heads, as no plan with deep ones fits the budget" in made.warnings
+        assert made.peak <= made.budget
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("vgg11", "windows"), ("resnet18", "layerwise")])
