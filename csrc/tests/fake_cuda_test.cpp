@@ -798,7 +798,7 @@ void timed() {
     must(nf_fake_drain());
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
     std::printf("  40 x 1 MiB at 1 GB/s and 20 ms of sleep: %.1f ms, expected 61.9\n", took.count());
-    CHECK(took.count() >= 61.9 && (NF_TSAN || took.count() < 120));
+    CHECK(took.count() >= 61.9 && took.count() < 619);  // a busy machine is late, not wrong
 }
 
 void races() {
