@@ -185,24 +185,25 @@ def build_head(
     return ModuleHead(classifier, smoothing=smoothing)
 
 
-def adaptive_width(spec: HeadSpec, shape: Shape, classes: int, unit_flops: int, prefix_parameters: int) -> int:
-    """Filters of a deep head's first convolution: as many as h has channels, or fewer where that is dear.
+def adaptive_width(spec: HeadSpec, shape: Shape, classes: int, flops: int, parameters: int) -> int:
+    """Filters of a deep head's first convolution: twice as many as h has channels, or fewer where that is dear.
 
-    Of C, C/2, C/4 and C/8 (LEAST_WIDTH at least) the largest whose head has at most half the FLOPs of the unit and no
-    more parameters than the prefix (the model up to and with this unit); the smallest of them if none has.
+    Of 2C, C, C/2 and C/4 (LEAST_WIDTH at least) the largest whose head has at most an eighth of the network's FLOPs and
+    of its weights; the smallest of them if none has. At 2C the maps of one convolution take 1.5 times the bytes of h in
+    a step, no more than the backward of a norm at the unit's end: wider heads would raise the peak.
 
     Args:
         spec: of a deep head; its own width does not count.
         shape: (C, H, W) of the unit's output.
         classes: K.
-        unit_flops: forward, one sample, 2 for each multiply-add.
-        prefix_parameters: weights of all stages up to the unit's end.
+        flops: of the whole network's forward, one sample, 2 for each multiply-add.
+        parameters: of the whole network.
     """
-    widths = [max(LEAST_WIDTH, shape[0] // share) for share in (1, 2, 4, 8)]
+    widths = [max(LEAST_WIDTH, 2 * shape[0] // share) for share in (1, 2, 4, 8)]
     for width in widths:
         wide = replace(spec, width=width)
-        cheap = 2 * head_flops(wide, shape, classes) <= unit_flops
-        if cheap and head_parameters(wide, shape, classes) <= prefix_parameters:
+        cheap = 8 * head_flops(wide, shape, classes) <= flops
+        if cheap and 8 * head_parameters(wide, shape, classes) <= parameters:
             return width
     return widths[-1]
 

@@ -187,14 +187,15 @@ def _chw(shape: tuple[int, ...]) -> Shape:
 def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[HeadSpec]:
     """The head that a unit ending at each stage gets; the last one is the model's own classifier."""
     specs = []
-    prefix = 0
-    for stage, cost in zip(cut.stages[:-1], flops, strict=False):
-        prefix += sum(p.numel() for p in stage.module.parameters())
+    modules = [*(s.module for s in cut.stages), cut.classifier]
+    parameters = sum(p.numel() for m in modules for p in m.parameters())
+    total = sum(flops) + flops_of(cut.classifier, _chw(cut.stages[-1].output_shape))
+    for stage in cut.stages[:-1]:
         shape = _chw(stage.output_shape)
         spec = HeadSpec(config.head_kind, config.head_pool)
         if spec.kind == "deep":
             spec = replace(spec, depth=config.head_depth)
-            width = config.head_width or adaptive_width(spec, shape, cut.classes, cost, prefix)
+            width = config.head_width or adaptive_width(spec, shape, cut.classes, total, parameters)
             spec = replace(spec, width=width)
         specs.append(clipped(spec, shape))
     return [*specs, HeadSpec("classifier", 1)]

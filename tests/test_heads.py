@@ -483,22 +483,22 @@ def test_the_tracker_agrees_with_arithmetic_done_by_hand():
 # --- width ---
 
 
-def test_a_head_takes_half_the_flops_of_its_unit_and_the_parameters_of_its_prefix_and_no_more():
+def test_a_head_takes_an_eighth_of_the_flops_and_of_the_weights_of_the_network_and_no_more():
     shape, plenty = (64, 16, 16), 10**12
     flops = 2 * (
         9 * 64 * 64 * 8 * 8 + K * 64
     )  # of one convolution to 64 filters at half the size, and the linear layer
     parameters = 9 * 64 * 64 + 2 * 64 + K * 64 + K
     for spare, width in ((0, 64), (-1, 32)):
-        assert adaptive_width(HeadSpec("deep", 1, depth=1), shape, K, 2 * flops + spare, plenty) == width
-        assert adaptive_width(HeadSpec("deep", 1, depth=1), shape, K, plenty, parameters + spare) == width
+        assert adaptive_width(HeadSpec("deep", 1, depth=1), shape, K, 8 * flops + spare, plenty) == width
+        assert adaptive_width(HeadSpec("deep", 1, depth=1), shape, K, plenty, 8 * parameters + spare) == width
     flops = 2 * (9 * 64 * 32 * 8 * 8 + 9 * 32 * 64 * 4 * 4 + K * 64)
-    assert adaptive_width(HeadSpec("deep", 1, depth=2), shape, K, 2 * flops, plenty) == 32
-    assert adaptive_width(HeadSpec("deep", 1, depth=2), shape, K, 2 * flops - 1, plenty) == 16
+    assert adaptive_width(HeadSpec("deep", 1, depth=2), shape, K, 8 * flops, plenty) == 32
+    assert adaptive_width(HeadSpec("deep", 1, depth=2), shape, K, 8 * flops - 1, plenty) == 16
 
 
-@pytest.mark.parametrize(("channels", "widths"), [(256, [256, 128, 64, 32]), (64, [64, 32, 16]), (3, [16])])
-def test_widths_are_shares_of_the_channels_and_grow_with_what_the_unit_costs(channels, widths):
+@pytest.mark.parametrize(("channels", "widths"), [(256, [512, 256, 128, 64]), (24, [48, 24, 16]), (3, [16])])
+def test_widths_follow_the_channels_and_grow_with_what_the_network_costs(channels, widths):
     assert adaptive_width(HeadSpec("deep", 1, depth=2), (channels, 8, 8), K, 0, 0) == widths[-1]
     for plenty in ((10**12, None), (None, 10**12)):
         found = []
