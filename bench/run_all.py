@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-BENCHES = ("startup", "training", "memory", "cache", "cache_vs_recompute", "overlap", "accuracy")
+BENCHES = ("startup", "training", "memory", "cache", "cache_vs_recompute", "overlap", "head_kinds", "heads", "accuracy")
 
 
 class Row(NamedTuple):

@@ -107,7 +107,34 @@ def cache() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory, "cache": cache}
+def head_kinds() -> str:
+    """vgg16, four units trained together: means over the seeds, the last exit with its standard deviation."""
+    rows = [
+        r for r in load("head_kinds")["rows"] if (r["model"], r["mode"]) == ("vgg16", "together") and r["units"] != 2
+    ]
+    lines = [
+        "| head | CIFAR-10, exits 1 to 4, % | n | Fashion-MNIST, last exit, % | n | MFLOPs | weights | of the step |",
+        "|" + " --- |" * 8,
+    ]
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        cells = []
+        for data in ("cifar10", "fashion"):
+            mine = [r for r in rows if (r["kind"], r["data"]) == (kind, data)]
+            exits = [points(list(column)) for column in zip(*(r["exits"] for r in mine), strict=True)]
+            early = "" if data == "fashion" else " ".join(e.partition(" ")[0] for e in exits[:-1])
+            cells += (
+                [f"{early} {exits[-1] if len(mine) > 1 else exits[-1].partition(' ')[0]}".strip(), str(len(mine))]
+                if mine
+                else ["-", "0"]
+            )
+        first = next(r for r in rows if r["kind"] == kind)
+        share = f"{100 * first['head_share']:.0f} %"
+        cost = [f"{sum(first['head_flops']) / 1e6:.2f}", f"{sum(first['head_parameters']):,}", share]
+        lines.append("| " + " | ".join([kind, *cells, *cost]) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory, "cache": cache, "head kinds": head_kinds}
 
 
 def filled(text: str) -> str:

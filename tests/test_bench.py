@@ -154,7 +154,17 @@ def test_all_benches_run_in_turn_with_the_same_data(benches, tmp_path):
 
     expected = [
         [f"bench.bench_{name}", "--quick", "--json", str(tmp_path / f"{name}_quick.json"), "--data", "synthetic:40"]
-        for name in ("startup", "training", "memory", "cache", "cache_vs_recompute", "overlap", "accuracy")
+        for name in (
+            "startup",
+            "training",
+            "memory",
+            "cache",
+            "cache_vs_recompute",
+            "overlap",
+            "head_kinds",
+            "heads",
+            "accuracy",
+        )
     ]
     micro = ["pytest", "bench/test_micro.py", "-q", f"--benchmark-json={tmp_path / 'micro.json'}"]
     assert commands == [*expected, micro]
@@ -174,6 +184,8 @@ def test_one_table_shows_checks_and_micro_medians(benches, tmp_path, capsys):
         ["cache", "time", "1.5", "<=", "2", "yes"],
         ["cache_vs_recompute", "time", "1.5", "<=", "2", "yes"],
         ["overlap", "time", "1.5", "<=", "2", "yes"],
+        ["head_kinds", "time", "1.5", "<=", "2", "yes"],
+        ["heads", "time", "1.5", "<=", "2", "yes"],
         ["accuracy", "time", "1.5", "<=", "2", "yes"],
         ["micro", "crc32c[portable]", "1.25", "ms", "-", "-"],
     ]
@@ -196,7 +208,7 @@ def test_a_bench_that_fails_ends_with_1_and_the_others_still_run(benches, tmp_pa
     documents[name] = None
     assert run_all.main(["--check", "--out", str(tmp_path)]) == 1
 
-    assert len(commands) == 8
+    assert len(commands) == 10
     assert "did not run" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name} "))
 
 
