@@ -112,24 +112,26 @@ def head_kinds() -> str:
     rows = [
         r for r in load("head_kinds")["rows"] if (r["model"], r["mode"]) == ("vgg16", "together") and r["units"] != 2
     ]
+    columns = {
+        "CIFAR-10": ("cifar10", 8000),
+        "CIFAR-10, longer": ("cifar10", 12000),
+        "Fashion-MNIST": ("fashion", 8000),
+    }
     lines = [
-        "| head | CIFAR-10, exits 1 to 4, % | n | Fashion-MNIST, last exit, % | n | MFLOPs | weights | of the step |",
-        "|" + " --- |" * 8,
+        "| head | " + " | ".join(f"{name}, % | n" for name in columns) + " | MFLOPs | weights | of the step |",
+        "|" + " --- |" * (2 * len(columns) + 4),
     ]
     for kind in dict.fromkeys(r["kind"] for r in rows):
         cells = []
-        for data in ("cifar10", "fashion"):
-            mine = [r for r in rows if (r["kind"], r["data"]) == (kind, data)]
+        for place in columns.values():
+            mine = [r for r in rows if (r["kind"], (r["data"], r["images"])) == (kind, place)]
             exits = [points(list(column)) for column in zip(*(r["exits"] for r in mine), strict=True)]
-            early = "" if data == "fashion" else " ".join(e.partition(" ")[0] for e in exits[:-1])
-            cells += (
-                [f"{early} {exits[-1] if len(mine) > 1 else exits[-1].partition(' ')[0]}".strip(), str(len(mine))]
-                if mine
-                else ["-", "0"]
-            )
-        first = next(r for r in rows if r["kind"] == kind)
-        share = f"{100 * first['head_share']:.0f} %"
-        cost = [f"{sum(first['head_flops']) / 1e6:.2f}", f"{sum(first['head_parameters']):,}", share]
+            means = [e.partition(" ")[0] for e in exits[:-1] if place[0] == "cifar10"] if mine else ["-"]
+            last = exits[-1:] if len(mine) > 1 else [e.partition(" ")[0] for e in exits[-1:]]
+            cells += [" ".join(means + last), str(len(mine))]
+        costs = [r for r in rows if r["kind"] == kind]
+        share = statistics.median(r["head_share"] for r in costs)
+        cost = [f"{sum(costs[0]['head_flops']) / 1e6:.2f}", f"{sum(costs[0]['head_parameters']):,}", f"{share:.0%}"]
         lines.append("| " + " | ".join([kind, *cells, *cost]) + " |")
     return "\n".join(lines)
 
