@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# The round on a GPU: tests, then benches, each part under nine minutes and by itself.
+#
+#     bash bench/gpu_round.sh                  all parts that have no result yet
+#     bash bench/gpu_round.sh heads-bf16 train  these parts, again
+#     ROUND_OUT=DIR bash bench/gpu_round.sh     results under DIR/<gpu> instead of bench/results/<gpu>
+#
+# Needs python3 with torch, triton, pytest and the package's dependencies, and a C++ compiler; installs nothing and uses
+# no network. A part that fails leaves its log and does not stop the others; the exit code is the number of failed parts.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-530} # seconds a part
+
+gpu=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_"))' 2>/dev/null) || {
+    echo "no CUDA device that torch can use: nothing to do" >&2
+    exit 69
+}
+results=${ROUND_OUT:-bench/results}/$gpu
+mkdir -p "$results"
+# What a copy of the tree may have lost: the link to the kernels, and the compiled module.
+[ -e nf_engine/kernels ] || ln -s ../kernels nf_engine/kernels
+$PYTHON -c 'import nf_engine._cache' 2>/dev/null || $PYTHON setup.py build_ext --inplace >"$results/build.log" 2>&1 ||
+    { echo "the C++ module does not build: $results/build.log" >&2; exit 70; }
+
+bench() { $PYTHON -m "bench.bench_$1" --json "$results/$2.json" "${@:3}"; }
+tests() { $PYTHON -m pytest -q -m gpu -p no:cacheprovider "$@"; }
+small='ignored or inside or spoils or passes_through' # cases that are quick under a checker
+
+declare -A run=(
+    [machine]="machine"
+    [tests]="tests tests/test_gpu.py"
+    [tests-heads]="tests tests/test_gpu_heads.py -k 'not real'"
+    [tests-heads-real]="tests tests/test_gpu_heads.py -k real"
+    [memcheck]="checked memcheck '$small'"
+    [racecheck]="checked racecheck '$small'"
+    [heads-bf16]="bench heads heads --device cuda --add --only 'bf16|fp32 tail' --candidates eager,compile,reference,fused"
+    [heads-fp32]="bench heads heads --device cuda --add --only fp32 --candidates eager,compile,reference,fused"
+    [heads-autotune]="bench heads heads --device cuda --add --only linear --candidates eager,max-autotune"
+    [heads-share]="bench heads heads --device cuda --add --only share"
+    [overlap]="bench overlap overlap"
+    [cache]="bench cache cache"
+    [recompute]="bench cache_vs_recompute cache_vs_recompute --quick"
+    [train]="train"
+)
+order=(machine tests tests-heads tests-heads-real heads-bf16 heads-fp32 train heads-share overlap heads-autotune memcheck
+    racecheck cache recompute)
+
+machine() {
+    nvidia-smi || true
+    $PYTHON -m nf_engine doctor
+}
+
+# Out-of-bounds accesses show only without torch's caching allocator, which hands out pieces of larger allocations.
+checked() {
+    command -v compute-sanitizer || { echo "compute-sanitizer is not here"; return 1; }
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --target-processes all --error-exitcode 1 \
+        "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu_heads.py -k "$2"
+}
+
+# Whole trainings inside a budget, their peaks against the plan.
+train() {
+    for model in vgg16 resnet18; do
+        for strategy in windows layerwise; do
+            rm -rf "$results/run"
+            $PYTHON -m nf_engine train --model $model --data synthetic:5000 --device cuda --memory-budget 1GiB --epochs 2 \
+                --partition $strategy --augment crop-flip --output-dir "$results/run" || return 1
+        done
+    done
+    rm -rf "$results/run"
+}
+
+failed=0
+for part in "${@:-${order[@]}}"; do
+    [ -n "${run[$part]:-}" ] || { echo "unknown part $part; known: ${order[*]}" >&2; exit 2; }
+    [ $# = 0 ] && [ -e "$results/$part.done" ] && continue
+    rm -f "$results/$part.done"
+    echo "== $part"
+    started=$SECONDS
+    export -f bench tests machine checked train
+    export PYTHON results
+    timeout --kill-after=10 "$LIMIT" bash -c "${run[$part]}" >"$results/$part.log" 2>&1
+    code=$?
+    tail -n 5 "$results/$part.log" | cut -c1-300
+    echo "== $part: exit code $code after $((SECONDS - started)) s"
+    if [ $code = 0 ]; then touch "$results/$part.done"; else failed=$((failed + 1)); fi
+done
+exit $failed
