@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
-from nf_engine.device import TensorBytes, watched
+from nf_engine.device import TensorBytes, placed, watched
 from nf_engine.local_step import make_optimizer
 from nf_engine.partitioner import scaled_lr
 from nf_engine.preprocess import Preprocess
@@ -53,8 +53,8 @@ def train_peer(
         config: optimizer, schedule, smoothing, epochs, augmentation and seed, as nf_engine would use them.
         batch: samples a step.
     """
-    stages = [s.module.to(device) for s in cut.stages]
-    classifier = cut.classifier.to(device)
+    stages = [placed(s.module, device) for s in cut.stages]
+    classifier = placed(cut.classifier, device)
     network = nn.Sequential(*stages, classifier).train()
     optimizer = make_optimizer(network.parameters(), config)
     counter = TensorBytes([*network.parameters(), *network.buffers()]) if device.type == "cpu" else None

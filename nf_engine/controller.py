@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.data import ImageData
-from nf_engine.device import TensorBytes, watched
+from nf_engine.device import TensorBytes, placed, watched
 from nf_engine.errors import BudgetExceededError
 from nf_engine.local_step import Unit, make_optimizer
 from nf_engine.partitioner import SlowDisk, choose_again
@@ -123,7 +123,7 @@ class Controller:
             self.observer.block_started(number, block)
             units = self._units(number, block)
             for stage in inputs.prefix if isinstance(inputs, ImageInputs) else ():
-                stage.to(self.device).eval()
+                placed(stage, self.device).eval()
             counter = self._start_count()
             inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
             try:
@@ -152,7 +152,7 @@ class Controller:
             name = self.plan.stages[unit.first] + ".." + self.plan.stages[unit.last]
             made = Unit(name, stages, self.heads[self._numbers[number] + k])
             for module in made.modules():
-                module.to(self.device)
+                placed(module, self.device)
             made.optimizer = make_optimizer(made.parameters(), self.config)
             units.append(made)
         return units
@@ -238,7 +238,7 @@ class Controller:
         if switch:
             source.current = self._recompute(number, _once_each(inputs.order), self.data)
             for stage in source.current.prefix:
-                stage.to(self.device).eval()
+                placed(stage, self.device).eval()
         self.observer.note(f"{text}; {'inputs are recomputed from now on' if switch else 'recomputing is no faster'}")
         self.folder.log("slow_disk", number=number, epoch=epoch.epoch, seconds=epoch.seconds, recompute=switch)
 
@@ -334,7 +334,9 @@ class Controller:
 
     def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
         shape = self.cut.stages[self.plan.blocks[number].first - 1].output_shape
-        return CacheGeometry(sample_shape=shape, dtype=self.config.stored_dtype, samples=samples, copies=copies)
+        return CacheGeometry(
+            sample_shape=shape, dtype=self.config.stored_dtype, samples=samples, copies=copies, channels_last=True
+        )
 
     def _engine_options(self) -> EngineOptions:
         config, probe = self.config, self.plan.probe

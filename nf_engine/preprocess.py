@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nf_engine.device import LAYOUT
 from nf_engine.errors import ConfigError, DataError
 
 __all__ = ["AUGMENTATIONS", "Normalisation", "Preprocess", "counter_hash", "windows"]
@@ -109,7 +110,7 @@ class Preprocess:
             stream: the pass over the data, such as the epoch: each sample is augmented anew in each.
 
         Returns:
-            (B, C, H, W) float32 on x's device; of one sample, it depends on (seed, stream, id) alone.
+            (B, C, H, W) float32, channels_last, on x's device; of one sample, it depends on (seed, stream, id) alone.
 
         Raises:
             DataError: x has other channels than the normalisation, or ids another length than x.
@@ -141,7 +142,7 @@ class Preprocess:
             self._constants[x.device] = (mean, std)
         mean, std = self._constants[x.device]
         return (
-            x.to(torch.float32, copy=True).sub_(mean).div_(std)
+            x.to(torch.float32, copy=True, memory_format=LAYOUT).sub_(mean).div_(std)
         )  # divided: a multiply-add would round differently on a GPU
 
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.device import Meter, TensorBytes, free_bytes, free_ram, meter, tensor_bytes
+from nf_engine.device import LAYOUT, Meter, TensorBytes, free_bytes, free_ram, meter, placed, tensor_bytes
 from nf_engine.errors import BudgetError
 from nf_engine.heads import Shape, adaptive_width, build_head, clipped, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
@@ -89,16 +89,33 @@ def _copies(modules: Sequence[nn.Module], device: torch.device) -> Iterator[tupl
     """Copies of some modules to measure on, with a meter: real ones on CUDA, fake ones otherwise."""
     if device.type == "cuda":
         with torch.random.fork_rng(devices=[device]):
-            copies = [copy.deepcopy(m).to(device) for m in modules]
+            copies = [placed(copy.deepcopy(m), device) for m in modules]
             with meter(device) as counter:
                 yield copies, counter
         return
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         copies = [copy.deepcopy(m) for m in modules]
+    with fake:
+        _lay_out(copies)
     tensors = [t for m in copies for t in (*m.parameters(), *m.buffers())]
     with fake, TensorBytes(tensors, fake) as counter:
         yield copies, counter
+
+
+def _lay_out(modules: Sequence[nn.Module]) -> None:
+    """What `device.placed` does, for modules of fake tensors, which cannot be moved in place."""
+    laid: dict[nn.Parameter, nn.Parameter] = {}  # a parameter may be shared
+    for owner in (m for module in modules for m in module.modules()):
+        for name, p in owner._parameters.items():
+            if p is not None and p.ndim == 4:
+                new = nn.Parameter(p.detach().contiguous(memory_format=LAYOUT), p.requires_grad)
+                owner._parameters[name] = laid.setdefault(p, new)
+
+
+def _ones(batch: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Maps (batch, *shape) as a worker would hand them on."""
+    return torch.empty(batch, *shape, device=device, memory_format=LAYOUT).fill_(1)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -254,7 +271,7 @@ def _profile_head(
         else:
 
             def peak(batch: int) -> float:
-                h = torch.ones(batch, *shape, device=where)
+                h = _ones(batch, shape, where)
                 return _head_peak(copies[0], h, torch.zeros(batch, dtype=torch.int64, device=where), counter)
 
             peaks = _while_memory_lasts(peak, batches, cut.stages[stage].name, device)
@@ -298,7 +315,7 @@ def _profile_stage(
     with _copies([stage.module], device) as (copies, counter):
 
         def point(batch: int) -> dict[str, float]:
-            x = torch.ones(batch, *shape, device=where, requires_grad=number > 0)
+            x = _ones(batch, shape, where).requires_grad_(number > 0)
             p = _stage_bytes(copies[0], x, counter)
             size = x.untyped_storage().nbytes()
             own_input = size if p["saves_input"] and not before_keeps else 0
@@ -429,12 +446,13 @@ def _with_seconds(
     sizes = _timed_sizes(stage, room)
     shape = cut.stages[number - 1].output_shape if number else cut.input_shape
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        body = copy.deepcopy(cut.stages[number].module).to(device)
+        body = placed(copy.deepcopy(cut.stages[number].module), device)
         head = make_head(cut, stage.head.spec, number, config)
-        head = (copy.deepcopy(head) if stage.head.spec.kind == "classifier" else head).to(device)
+        head = copy.deepcopy(head) if stage.head.spec.kind == "classifier" else head
+        head = placed(head, device)
         times: dict[str, list[float]] = {"train": [], "forward": [], "head": []}
         for batch in sizes:
-            x = torch.rand(batch, *shape, device=device).requires_grad_(number > 0)
+            x = torch.rand(batch, *shape, device=device).contiguous(memory_format=LAYOUT).requires_grad_(number > 0)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             with torch.no_grad():
                 h = body.train()(x)
@@ -518,7 +536,9 @@ def probe_tiers(
         room["disk"] = 0  # too little to measure is too little to use
     else:
         most = min(int(PROBE_BYTES * seconds / PROBE_SECONDS), room["disk"] // 2)
-        geometry = CacheGeometry(sample_shape=shape, dtype=config.stored_dtype, samples=max(batch, most // size))
+        geometry = CacheGeometry(
+            sample_shape=shape, dtype=config.stored_dtype, samples=max(batch, most // size), channels_last=True
+        )
         write = _fewest(lambda n: place.write(geometry, n)[0])
         count = max(batch, min(geometry.samples, int(write[0] * seconds / size)))
         _, record = place.write(replace(geometry, samples=count), write[1], finish=True)
@@ -632,7 +652,7 @@ def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, devi
         for size in sizes:
             base = counter.now
             counter.reset()
-            x = torch.ones(size, *shape, device=where)
+            x = _ones(size, shape, where)
             h, loss = local_step(work, x, torch.zeros(size, dtype=torch.int64, device=where))
             peaks.append(counter.peak - base)
             del x, h, loss
@@ -677,7 +697,7 @@ def block_peak(
     preprocess = copy.copy(preprocess)
     shape = cut.stages[first - 1].output_shape if first else cut.input_shape
     dtype = config.stored_dtype
-    after = make_codec(dtype, cut.stages[last].output_shape)
+    after = make_codec(dtype, cut.stages[last].output_shape, channels_last=True)
     with _copies([*modules, *heads, *frozen], device) as (copies, counter):
         bodies, ready = copies[: len(modules)], copies[len(modules) : len(modules) + len(heads)]
         prefix = [m.eval() for m in copies[len(modules) + len(heads) :]]
@@ -688,7 +708,7 @@ def block_peak(
 
         staging = slots(after.sample_bytes) if together else None
         # On the CPU a cache that holds float32 hands out its own memory.
-        loose = torch.ones(block.batch, *shape, device=where) if together and dtype == "fp32" else None
+        loose = _ones(block.batch, shape, where) if together and dtype == "fp32" else None
         base = counter.now
         counter.reset()
         units = [
@@ -717,7 +737,7 @@ def block_peak(
             ring = slots(stored_bytes(shape, dtype)) if cached and not together else None
             buffer = loose
             if buffer is None:
-                buffer = torch.ones(block.batch, *shape, device=where) if cached else None
+                buffer = _ones(block.batch, shape, where) if cached else None
             for _ in range(count):
                 yield (
                     (buffer if cached and buffer is not None else inputs()),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
-from nf_engine.device import TensorBytes, watched
+from nf_engine.device import LAYOUT, TensorBytes, watched
 from nf_engine.errors import NonFiniteError
 from nf_engine.local_step import Unit, train_block
 from nf_engine.preprocess import Preprocess
@@ -143,7 +143,7 @@ def forward_prefix(
             for stage in prefix:
                 h = stage(h)
             if out is None:
-                out = torch.empty((count, *h.shape[1:]), dtype=torch.float32, device=h.device)
+                out = torch.empty((count, *h.shape[1:]), dtype=torch.float32, device=h.device, memory_format=LAYOUT)
             round_as_stored(h, out[start : start + size], dtype)
             del h
     assert out is not None
@@ -155,7 +155,7 @@ def round_as_stored(h: Tensor, out: Tensor, dtype: str) -> None:
     if dtype == "fp32":
         out.copy_(h)
         return
-    codec = make_codec(dtype, tuple(h.shape[1:]))
+    codec = make_codec(dtype, tuple(h.shape[1:]), channels_last=True)
     stored = torch.empty(len(h), codec.sample_bytes, dtype=torch.uint8, device=h.device)
     codec.encode(h, stored)
     codec.decode(stored, out)

@@ -170,7 +170,9 @@ def two_blocks(config):
 
 
 def store(first, data, shape, folder, dtype, tier, batch=32, copies=1, preprocess=PLAIN):
-    geometry = CacheGeometry(sample_shape=shape, dtype=dtype, samples=len(data) * copies, copies=copies)
+    geometry = CacheGeometry(
+        sample_shape=shape, dtype=dtype, samples=len(data) * copies, copies=copies, channels_last=True
+    )
     key = counter_key(0, "write", "x", 1)
     source = ImageInputs(data, preprocess, CPU, 0, copies=copies)
     cache = ActivationCache.create(folder, f"{tier}.nfc", geometry, tier=tier, order_key=key)
