@@ -126,10 +126,11 @@ KINDS: dict[str, Maker] = {
     "deep d=2 width 1/4": partial(deep_head, depth=2, scale=0.25),
     "pool first": pool_first_head,
 }
-DEFAULT = "deep d=1 pool 4 width 2"  # of the package, as this bench decided
-WIDE = "deep d=1 pool 4 width 4"
-FINALISTS = (DEFAULT, WIDE, "linear q=4", "deep d=1 pool 4", "deep d=2 pool 2", "deep d=2 pool 4")
-LONGER = (DEFAULT, WIDE, "deep d=1 pool 4", "deep d=2", "deep d=2 width 4 pool 2", "linear q=4")
+DEFAULT = "deep d=1 pool 4 width 4"  # of the package, as this bench decided ...
+NARROW = "deep d=1 pool 4 width 2"  # ... and what a small budget falls back to
+FINALISTS = (DEFAULT, NARROW, "linear q=4", "deep d=1 pool 4", "deep d=2 pool 2", "deep d=2 pool 4")
+LONGER = (DEFAULT, NARROW, "deep d=1 pool 4", "deep d=2", "deep d=2 width 4 pool 2", "linear q=4")
+LOSERS = ("conv1x1", "conv3x3", "deep d=1 pool 4 no norm", "pool first")
 FEW = (DEFAULT, "linear q=4")
 
 # --- what is run ----------------------------------------------------------------------------------------------------
@@ -165,7 +166,12 @@ def finalists(data: str, seed: int) -> list[Case]:
 def confirm(data: str, seed: int) -> list[Case]:
     """Backpropagation and what was close, for a longer training."""
     base = Case(data, "vgg16", TOGETHER, 1, BACKPROPAGATION, seed)
-    return [base, *group(data, "vgg16", TOGETHER, 4, LONGER if seed == 0 else (DEFAULT, WIDE), seed)]
+    return [base, *group(data, "vgg16", TOGETHER, 4, LONGER if seed == 0 else (DEFAULT, NARROW), seed)]
+
+
+def losers(data: str, seed: int) -> list[Case]:
+    """What the package does not have, and why."""
+    return group(data, "vgg16", TOGETHER, 4, LOSERS, seed)
 
 
 def few(data: str, seed: int) -> list[Case]:
@@ -196,6 +202,7 @@ PARTS: dict[str, tuple[Callable[[str, int], list[Case]], str, int]] = {  # cases
     "few-fashion": (few, "fashion", 1),
     "confirm-cifar": (confirm, "cifar10", 3),
     "confirm-fashion": (confirm, "fashion", 3),
+    "losers-cifar": (losers, "cifar10", 1),
     "quick": (quick, "data", 1),
 }
 

@@ -25,6 +25,7 @@ from nf_engine.ops import IGNORE_INDEX, HeadParams, Statistics
 from nf_engine.records import HeadSpec
 
 __all__ = [
+    "WIDEST",
     "AuxiliaryHead",
     "HeadSpec",
     "ModuleHead",
@@ -38,6 +39,7 @@ __all__ = [
 
 KINDS = ("linear", "deep")  # that step without autograd
 LEAST_WIDTH = 16
+WIDEST = 4  # filters of a deep head for each channel of h
 Shape = tuple[int, int, int]  # (C, H, W)
 
 
@@ -185,12 +187,13 @@ def build_head(
     return ModuleHead(classifier, smoothing=smoothing)
 
 
-def adaptive_width(spec: HeadSpec, shape: Shape, classes: int, flops: int, parameters: int) -> int:
-    """Filters of a deep head's first convolution: twice as many as h has channels, or fewer where that is dear.
+def adaptive_width(
+    spec: HeadSpec, shape: Shape, classes: int, flops: int, parameters: int, widest: int = WIDEST
+) -> int:
+    """Filters of a deep head's first convolution: some times as many as h has channels, or fewer where that is dear.
 
-    Of 2C, C, C/2 and C/4 (LEAST_WIDTH at least) the largest whose head has at most an eighth of the network's FLOPs and
-    of its weights; the smallest of them if none has. At 2C the maps of one convolution take 1.5 times the bytes of h in
-    a step, no more than the backward of a norm at the unit's end: wider heads would raise the peak.
+    Of widest C and its halves down to C/4 (LEAST_WIDTH at least) the largest whose head has at most an eighth of the
+    network's FLOPs and of its weights; the smallest of them if none has.
 
     Args:
         spec: of a deep head; its own width does not count.
@@ -198,8 +201,9 @@ def adaptive_width(spec: HeadSpec, shape: Shape, classes: int, flops: int, param
         classes: K.
         flops: of the whole network's forward, one sample, 2 for each multiply-add.
         parameters: of the whole network.
+        widest: a power of two.
     """
-    widths = [max(LEAST_WIDTH, 2 * shape[0] // share) for share in (1, 2, 4, 8)]
+    widths = [max(LEAST_WIDTH, widest * shape[0] // share) for share in (1, 2, 4, 8, 16) if 4 * widest >= share]
     for width in widths:
         wide = replace(spec, width=width)
         cheap = 8 * head_flops(wide, shape, classes) <= flops

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from nf_engine.config import TrainConfig
 from nf_engine.errors import InfeasibleBudgetError
+from nf_engine.heads import WIDEST
 from nf_engine.partitioner import TARGET_BATCH, Costs, choose_tier, forward_batch, partition
 from nf_engine.preprocess import Preprocess
 from nf_engine.profiler import (
@@ -26,11 +28,25 @@ from nf_engine.profiler import (
     profile_stages,
     profile_unit,
 )
-from nf_engine.records import BlockPlan, CachePlan, Line, Plan, TierProbe, UnitPlan, format_bytes
+from nf_engine.records import BlockPlan, CachePlan, Line, Plan, Profile, TierProbe, UnitPlan, format_bytes
 from nf_engine.stages import Cut
 
 ROUNDS = 8  # of planning: each one measures the units that the one before chose
 SMALL = 32 * 2**20  # bytes of caches for which a short probe will do
+
+
+class _State(NamedTuple):
+    """What is known with one choice of heads; upto: the batch up to which, from its half on, a measured line holds."""
+
+    settings: TrainConfig
+    profile: Profile
+    measured: dict[tuple[int, int], Line]
+    upto: dict[tuple[int, int], int]
+
+
+def _rank(plan: Plan) -> tuple[int, int, int]:
+    """Smaller is better for the accuracy: units, blocks, and then larger batches."""
+    return len(plan.units), len(plan.blocks), -min(b.batch for b in plan.blocks)
 
 
 class Planner:
@@ -65,28 +81,48 @@ class Planner:
             batch_sizes=batch_sizes,
             budget=budget,
         )
-        self._start(settings)
+        self._states: dict[tuple[str, int], _State] = {}
+        self._given = settings
+        self._take(settings.head_kind, WIDEST)
 
-    def _start(self, settings: TrainConfig) -> None:
-        self.settings = settings
-        self.profile = self._profiled(config=settings)
-        self.measured: dict[tuple[int, int], Line] = {}
-        self._upto: dict[tuple[int, int], int] = {}  # the batch up to which, from its half on, a line is the truth
+    def _take(self, kind: str, widest: int) -> None:
+        """Heads of this kind and width from here on."""
+        if (kind, widest) not in self._states:
+            settings = self._given.with_fields({"head": kind})
+            self._states[kind, widest] = _State(settings, self._profiled(config=settings, widest=widest), {}, {})
+        self.settings, self.profile, self.measured, self._upto = self._states[kind, widest]
 
     def plan(self, budget: int) -> Plan:
         """The plan whose blocks, run whole under the meter, stay below the budget minus its margin.
 
-        Where the kind of the heads is ours to choose and no plan with deep ones fits, linear ones are tried.
+        Wide heads are more accurate, narrow ones take fewer bytes: deep heads are the widest with which the plan has no
+        more units and no smaller batches than with narrower ones. Where the kind is ours to choose and no plan with
+        deep heads fits, linear ones are tried.
 
         Raises:
             InfeasibleBudgetError: there is none.
         """
-        try:
-            return self._plan(budget)
-        except InfeasibleBudgetError:
-            if self.settings.head != "auto" or self.settings.head_kind == "linear":
-                raise
-        self._start(self.settings.with_fields({"head": "linear"}))
+        kind = self._given.head_kind
+        widths = (WIDEST, WIDEST // 2) if kind == "deep" and not self._given.head_width else (WIDEST,)
+        found: list[tuple[Plan, int]] = []
+        failure: InfeasibleBudgetError | None = None
+        for widest in widths:
+            self._take(kind, widest)
+            try:
+                made = self._plan(budget)
+            except InfeasibleBudgetError as error:
+                failure = error
+                continue
+            found.append((made, widest))
+            if len(made.units) == 1:
+                break
+        if found:
+            made, widest = min(found, key=lambda pair: _rank(pair[0]))  # the first of equals: the wider
+            self._take(kind, widest)
+            return made
+        if failure is not None and (self._given.head != "auto" or kind == "linear"):
+            raise failure
+        self._take("linear", WIDEST)
         made = self._plan(budget)
         return replace(made, warnings=(*made.warnings, "linear heads, as no plan with deep ones fits the budget"))
 

@@ -31,7 +31,7 @@ from nf_engine.codec import make_codec
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.device import LAYOUT, Meter, TensorBytes, free_bytes, free_ram, meter, placed, tensor_bytes
 from nf_engine.errors import BudgetError
-from nf_engine.heads import Shape, adaptive_width, build_head, clipped, head_bytes, head_flops
+from nf_engine.heads import WIDEST, Shape, adaptive_width, build_head, clipped, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.ops import head_path
 from nf_engine.preprocess import Preprocess
@@ -201,7 +201,7 @@ def _chw(shape: tuple[int, ...]) -> Shape:
     return channels, height, width
 
 
-def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[HeadSpec]:
+def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int], widest: int) -> list[HeadSpec]:
     """The head that a unit ending at each stage gets; the last one is the model's own classifier."""
     specs = []
     modules = [*(s.module for s in cut.stages), cut.classifier]
@@ -212,7 +212,7 @@ def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int]) -> list[Head
         spec = HeadSpec(config.head_kind, config.head_pool)
         if spec.kind == "deep":
             spec = replace(spec, depth=config.head_depth)
-            width = config.head_width or adaptive_width(spec, shape, cut.classes, total, parameters)
+            width = config.head_width or adaptive_width(spec, shape, cut.classes, total, parameters, widest)
             spec = replace(spec, width=width)
         specs.append(clipped(spec, shape))
     return [*specs, HeadSpec("classifier", 1)]
@@ -383,6 +383,7 @@ def profile_stages(
     device: torch.device | None,
     batch_sizes: Sequence[int] = BATCHES,
     budget: int | None = None,
+    widest: int = WIDEST,
 ) -> Profile:
     """Measures every stage of a cut model.
 
@@ -395,6 +396,7 @@ def profile_stages(
         device: where to measure seconds, and on CUDA bytes; None: bytes only, on fake tensors.
         batch_sizes: three or more.
         budget: bytes that measuring the seconds must stay below; None: no bound.
+        widest: of deep heads, as in heads.adaptive_width.
 
     Returns:
         Profile: bytes as lines of the batch size, FLOPs, and seconds where a device was given.
@@ -402,7 +404,7 @@ def profile_stages(
     flops = [
         flops_of(s.module, cut.stages[k - 1].output_shape if k else cut.input_shape) for k, s in enumerate(cut.stages)
     ]
-    specs = head_specs(cut, config, flops)
+    specs = head_specs(cut, config, flops, widest)
     where = device or torch.device("cpu")
     stages: list[StageProfile] = []
     keeps = False

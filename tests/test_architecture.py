@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"_cache", "cache_format", "codec", "disk_tier", "memory_tier"},
     "worker": {"codec", "data", "local_step", "preprocess", "storage"},
     "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
-    "planner": {"partitioner", "preprocess", "profiler", "stages", "worker"},
+    "planner": {"heads", "partitioner", "preprocess", "profiler", "stages", "worker"},
     "controller": {"data", "local_step", "partitioner", "preprocess", "run_folder", "stages", "storage", "worker"},
     "progress": set(),
     "exits": {"data", "preprocess"},

@@ -497,7 +497,7 @@ def test_a_head_takes_an_eighth_of_the_flops_and_of_the_weights_of_the_network_a
     assert adaptive_width(HeadSpec("deep", 1, depth=2), shape, K, 8 * flops - 1, plenty) == 16
 
 
-@pytest.mark.parametrize(("channels", "widths"), [(256, [512, 256, 128, 64]), (24, [48, 24, 16]), (3, [16])])
+@pytest.mark.parametrize(("channels", "widths"), [(256, [1024, 512, 256, 128, 64]), (24, [96, 48, 24, 16]), (3, [16])])
 def test_widths_follow_the_channels_and_grow_with_what_the_network_costs(channels, widths):
     assert adaptive_width(HeadSpec("deep", 1, depth=2), (channels, 8, 8), K, 0, 0) == widths[-1]
     for plenty in ((10**12, None), (None, 10**12)):

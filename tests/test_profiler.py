@@ -238,6 +238,30 @@ def test_heads_are_deep_for_windows_and_linear_for_layerwise_unless_told():
     assert {specs[-1].kind for specs in kinds.values()} == {"classifier"}
 
 
+def test_heads_are_as_wide_as_costs_no_unit_and_no_batch():
+    """Against plans made with each width alone, over budgets in which both kinds of answers occur."""
+    cut = split(build("vgg16", width=0.25), (3, 32, 32))
+    work = Planner(cut, TrainConfig(), PLAIN, True, None, 5000, "vgg16", None, together=True)
+    whole = work.plan(1 << 40).bounds.backpropagation
+    answers = []
+    for share in (0.55, 0.62, 0.68, 0.75, 0.85):
+        made = work.plan(int(share * whole))
+        ranks = []
+        for widest in (4, 2):
+            work._take("deep", widest)
+            try:
+                ranks.append((planner._rank(work._plan(int(share * whole))), widest))
+            except InfeasibleBudgetError:
+                continue
+        rank, widest = min(ranks, key=lambda pair: (pair[0], -pair[1]))
+        assert planner._rank(made) == rank
+        work._take("deep", widest)
+        assert [u.head for u in made.units] == [work.profile.stages[u.last].head.spec for u in made.units]
+        answers.append((len(made.units), widest))
+    print(answers)
+    assert {widest for _, widest in answers} == {2, 4}
+
+
 def test_where_no_plan_with_deep_heads_fits_linear_ones_are_tried(monkeypatch):
     partition = planner.partition
 
