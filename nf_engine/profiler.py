@@ -201,7 +201,7 @@ def _chw(shape: tuple[int, ...]) -> Shape:
     return channels, height, width
 
 
-def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int], widest: int) -> list[HeadSpec]:
+def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int], widest: int = WIDEST) -> list[HeadSpec]:
     """The head that a unit ending at each stage gets; the last one is the model's own classifier."""
     specs = []
     modules = [*(s.module for s in cut.stages), cut.classifier]
