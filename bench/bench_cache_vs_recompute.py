@@ -33,8 +33,6 @@ from bench.timing import arguments, check, finish, median_seconds
 from nf_engine.cache_format import MIB, CacheGeometry
 from nf_engine.config import TrainConfig
 from nf_engine.models import build
-from nf_engine.partitioner import choose_tier
-from nf_engine.profiler import probe_tiers
 from nf_engine.records import (
     BlockPlan,
     Bounds,
@@ -50,6 +48,8 @@ from nf_engine.records import (
 )
 from nf_engine.stages import split
 from nf_engine.storage import ActivationCache, EngineOptions
+from nf_engine.tier_probe import probe_tiers
+from nf_engine.tiers import choose_tier
 
 MODELS = ("vgg16", "vgg19", "resnet18")
 BATCHES = {32: 32, 64: 16, 224: 4}  # pixels -> samples of a forward pass

@@ -26,12 +26,12 @@ from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, placed, watched
 from nf_engine.errors import BudgetExceededError
 from nf_engine.local_step import Unit, make_optimizer
-from nf_engine.partitioner import SlowDisk, choose_again
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions
+from nf_engine.tiers import SlowDisk, choose_again
 from nf_engine.worker import (
     Batch,
     CacheInputs,

@@ -17,19 +17,19 @@ import torch
 from nf_engine.config import TrainConfig
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.heads import WIDEST
-from nf_engine.partitioner import TARGET_BATCH, Costs, choose_tier, forward_batch, partition
+from nf_engine.partitioner import TARGET_BATCH, Costs, forward_batch, partition
 from nf_engine.preprocess import Preprocess
 from nf_engine.profiler import (
     BATCHES,
-    PROBE_SECONDS,
     block_peak,
     fetch_seconds,
-    probe_tiers,
     profile_stages,
     profile_unit,
 )
 from nf_engine.records import BlockPlan, CachePlan, Line, Plan, Profile, TierProbe, UnitPlan, format_bytes
 from nf_engine.stages import Cut
+from nf_engine.tier_probe import PROBE_SECONDS, probe_tiers
+from nf_engine.tiers import choose_tier
 
 ROUNDS = 8  # of planning: each one measures the units that the one before chose
 SMALL = 32 * 2**20  # bytes of caches for which a short probe will do

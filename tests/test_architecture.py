@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"fused", "reference"},
     "heads": {"ops", "reference"},
     "local_step": {"heads"},
-    "partitioner": set(),
+    "tiers": set(),
+    "partitioner": {"tiers"},
     "run_folder": {"_cache"},
     "codec": set(),
     "cache_format": {"_cache"},
@@ -43,8 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"_cache", "cache_format", "codec", "disk_tier", "memory_tier"},
     "worker": {"codec", "data", "local_step", "preprocess", "storage"},
     "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
-    "planner": {"heads", "partitioner", "preprocess", "profiler", "stages", "worker"},
-    "controller": {"data", "local_step", "partitioner", "preprocess", "run_folder", "stages", "storage", "worker"},
+    "tier_probe": {"cache_format", "profiler", "storage"},
+    "planner": {"heads", "partitioner", "preprocess", "profiler", "stages", "tier_probe", "tiers", "worker"},
+    "controller": {"data", "local_step", "preprocess", "run_folder", "stages", "storage", "tiers", "worker"},
     "progress": set(),
     "exits": {"data", "preprocess"},
     "export": {"exits", "heads", "models", "preprocess", "run_folder", "stages"},
@@ -59,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),  # loads engine, exits and export by name, at first use
 }
 COMMON_IN_COMMON = {"errors": set(), "config": {"errors"}, "records": {"errors"}, "device": {"config", "errors"}}
-NO_TORCH = ("errors", "config", "records", "partitioner", "cli", "__init__", "__main__", "datafiles", "progress")
+NO_TORCH = ("errors", "config", "records", "tiers", "partitioner", "cli", "__init__", "__main__", "datafiles",
+            "progress")  # fmt: skip
 CODE_IN_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "ctypes"}
 
 

@@ -14,18 +14,13 @@ from nf_engine.errors import ConfigError, InfeasibleBudgetError
 from nf_engine.partitioner import (
     MIN_STEPS,
     Costs,
-    SlowDisk,
     checkpointed_peak,
-    choose_again,
-    choose_tier,
-    chunk_of,
     forward_batch,
-    held_bytes,
-    mixing,
     partition,
     scaled_lr,
 )
 from nf_engine.records import CachePlan, HeadProfile, HeadSpec, Line, Plan, Profile, StageProfile, TierProbe
+from nf_engine.tiers import SlowDisk, choose_again, choose_tier, chunk_of, held_bytes, mixing
 
 ZERO = Line(0, 0)
 SAMPLES = 50_000

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from nf_engine import planner, profiler
+from nf_engine import planner, profiler, tier_probe
 from nf_engine.config import TrainConfig
 from nf_engine.device import TensorBytes, free_ram
 from nf_engine.errors import BudgetError, InfeasibleBudgetError
@@ -20,9 +20,10 @@ from nf_engine.models import build
 from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import fit, fit_bytes, flops_of, probe_tiers, profile_stages, profile_unit
+from nf_engine.profiler import fit, fit_bytes, flops_of, profile_stages, profile_unit
 from nf_engine.records import HeadSpec, Line, Plan, TierProbe, UnitPlan
 from nf_engine.stages import split
+from nf_engine.tier_probe import probe_tiers
 
 CPU = torch.device("cpu")
 PLAIN = Preprocess(Normalisation((0.0,) * 3, (1.0,) * 3))
@@ -349,9 +350,9 @@ class SlowCache:
 
 @pytest.mark.parametrize(("shape", "room"), [((16, 8, 8), "1GiB"), ((16, 8, 8), "2MiB"), ((64, 56, 56), "1GiB")])
 def test_a_probe_takes_the_fewest_threads_within_five_percent_of_the_best(tmp_path, monkeypatch, shape, room):
-    monkeypatch.setattr(profiler, "ActivationCache", SlowCache)
-    monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=lambda: SlowCache.now))
-    monkeypatch.setattr(profiler, "_gather_rate", lambda *_: 5e9)
+    monkeypatch.setattr(tier_probe, "ActivationCache", SlowCache)
+    monkeypatch.setattr(tier_probe, "time", SimpleNamespace(perf_counter=lambda: SlowCache.now))
+    monkeypatch.setattr(tier_probe, "_gather_rate", lambda *_: 5e9)
     monkeypatch.setattr(SlowCache, "now", 0.0)
     monkeypatch.setattr(SlowCache, "opened", [])
     config = TrainConfig(max_cache_bytes=room)  # 1 MiB is full before the time is over
@@ -372,7 +373,7 @@ def test_a_probe_takes_the_fewest_threads_within_five_percent_of_the_best(tmp_pa
 
 
 def test_a_disk_with_no_room_for_a_probe_has_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiler, "ActivationCache", None)
+    monkeypatch.setattr(tier_probe, "ActivationCache", None)
     found = probe_tiers((64, 16, 16), 32, tmp_path, TrainConfig(max_cache_bytes="1MiB"), device=CPU, seconds=0.01)
     assert (found.room["disk"], found.write, found.read) == (0, 0.0, 0.0)
     assert found.gather > 0
