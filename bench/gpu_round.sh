@@ -70,6 +70,8 @@ train() {
     rm -rf "$results/run"
 }
 
+export -f bench tests machine checked train
+export PYTHON results
 failed=0
 for part in "${@:-${order[@]}}"; do
     [ -n "${run[$part]:-}" ] || { echo "unknown part $part; known: ${order[*]}" >&2; exit 2; }
@@ -77,8 +79,6 @@ for part in "${@:-${order[@]}}"; do
     rm -f "$results/$part.done"
     echo "== $part"
     started=$SECONDS
-    export -f bench tests machine checked train
-    export PYTHON results
     timeout --kill-after=10 "$LIMIT" bash -c "${run[$part]}" >"$results/$part.log" 2>&1
     code=$?
     tail -n 5 "$results/$part.log" | cut -c1-300
