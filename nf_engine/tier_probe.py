@@ -19,7 +19,7 @@ import torch
 
 from nf_engine.cache_format import CacheRecord
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.device import free_ram
+from nf_engine.device import LAYOUT, free_ram
 from nf_engine.profiler import seconds_of
 from nf_engine.records import TierProbe, stored_bytes
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions
@@ -100,7 +100,7 @@ class _ProbeFile:
     def write(self, geometry: CacheGeometry, threads: int, *, finish: bool = False) -> tuple[float, CacheRecord | None]:
         """Appends until the time is over or the file is full; `finish`: until it is full, and keeps it."""
         options = replace(self.options, write_threads=threads)
-        x = torch.rand(self.batch, *geometry.sample_shape, device=self.device)
+        x = torch.rand(self.batch, *geometry.sample_shape, device=self.device).contiguous(memory_format=LAYOUT)
         with ActivationCache.create(self.folder, PROBE_NAME, geometry, device=self.device, options=options) as cache:
             started, record = time.perf_counter(), None
             for start in range(0, geometry.samples, self.batch):
