@@ -19,7 +19,7 @@ import torch
 
 import nf_engine
 from bench.timing import arguments, check, finish, images
-from nf_engine.compare import train_peer
+from nf_engine.compare import Arm, train_peer
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
 from nf_engine.exits import evaluate
@@ -46,7 +46,7 @@ def run(arm: str, seed: int, data: ImageData, test: ImageData, config: TrainConf
     strategy, _, tier = arm.partition(" ")
     if strategy == "backpropagation":
         cut = split(network, data.shape)
-        result = train_peer(cut, data, test, config, batch=128, checkpointed=False, device=torch.device("cpu"))
+        result = train_peer(cut, data, test, config, Arm("backpropagation", 128), device=torch.device("cpu"))
         return {"accuracy": result.accuracy, "best_exit": result.accuracy, "seconds": sum(result.epoch_seconds),
                 "peak": result.peak, "units": 1, "blocks": 1, "batches": [128]}  # fmt: skip
     cache = "recompute" if tier == "recomputed" else "disk"

@@ -360,7 +360,7 @@ def summary_of(
 
 def units_of(model: str, width: float, device: torch.device) -> Iterator[tuple[Unit, tuple[int, ...], HeadSpec]]:
     """The units of a K=4 cut that have an auxiliary head, the shape of their input, and the head."""
-    config = TrainConfig()
+    config = TrainConfig(head="deep")  # what "auto" takes for four units
     cut = split(build(model, width=width), (3, 32, 32))
     inputs = [cut.input_shape, *(s.output_shape for s in cut.stages)]
     specs = head_specs(cut, config, [flops_of(s.module, shape) for s, shape in zip(cut.stages, inputs, strict=False)])

@@ -20,12 +20,12 @@ import torch
 
 import nf_engine
 from bench.timing import arguments, check, finish, images
-from nf_engine.compare import train_peer
+from nf_engine.compare import Arm, train_peer
 from nf_engine.config import TrainConfig
+from nf_engine.costs import Costs, Span, checkpointed_peak
 from nf_engine.data import ImageData
 from nf_engine.exits import evaluate
 from nf_engine.models import build
-from nf_engine.partitioner import Costs, checkpointed_peak
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Preprocess
 from nf_engine.stages import split
@@ -53,7 +53,7 @@ class Bench:
 
     def largest(self, arm: str) -> int:
         """The largest batch that a peer can train at inside the budget."""
-        units = ((0, len(self.costs.profile.stages) - 1),)
+        units = (Span(0, len(self.costs.profile.stages) - 1),)
         if arm == "backpropagation":
             return self.costs.largest_batch(units, self.budget, self.costs.overhead(units), 1024)
         fixed = self.costs.overhead(units) + self.costs.fixed(units)
@@ -67,15 +67,7 @@ class Bench:
         if arm in PEERS:
             assert isinstance(batch, int)
             cut = split(network, self.data.shape)
-            done = train_peer(
-                cut,
-                self.data,
-                self.test,
-                config,
-                batch=batch,
-                checkpointed=arm == "checkpointed",
-                device=torch.device("cpu"),
-            )
+            done = train_peer(cut, self.data, self.test, config, Arm(arm, batch), device=torch.device("cpu"))
             return {
                 "epoch_seconds": statistics.mean(done.epoch_seconds),
                 "accuracy": done.accuracy,

@@ -18,13 +18,16 @@ from nf_engine.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "partition": ("windows", "layerwise"),
+    "prefer": ("speed", "accuracy"),
     "head": ("auto", "linear", "deep"),
     "optimizer": ("sgd", "adamw"),
     "cache": ("auto", "device", "ram", "disk", "recompute"),
     "cache_dtype": ("auto", "exact", "fp16", "bf16", "u8"),
     "augment": ("none", "flip", "crop-flip"),
     "device": ("auto", "cpu", "cuda"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
 }
+COMPUTED = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -54,11 +57,14 @@ class TrainConfig:
         split_points: names of modules after which to cut; empty: at every single-tensor point.
         grouping_threshold: layerwise: stages join a block while their largest batches differ by less than this share.
         max_units: windows: most units with their own local loss, before one unit a stage is tried.
+        prefer: windows: "speed" takes the fewest units among plans that are predicted to be within 10 % of the fastest,
+            "accuracy" the fewest units, however many stages they run twice for it.
+        recompute: windows: units may run stages again in their backward, to save what these would keep.
         batch_size: samples a step in every block; "auto": windows trains at 128, or at the largest halving of it that
             fits; layerwise at the largest that fits a block, up to max_batch_size and a fiftieth of the data set.
         min_batch_size, max_batch_size: bounds of the batch sizes that a plan may choose.
         head: kind of the heads at the ends of units, "deep" or "linear"; the last unit uses the model's own classifier.
-            "auto": deep for windows, linear for layerwise.
+            "auto": deep for windows of three units or more, else linear.
         head_pool: heads pool to head_pool x head_pool cells before their linear layer.
         head_width: filters of a deep head's first convolution; 0: by the width rule.
         head_depth: convolutions of a deep head.
@@ -81,6 +87,9 @@ class TrainConfig:
         max_drop: the exit chosen is the smallest whose held-out accuracy is within max_drop of the best exit's.
         seed: of weights of heads, order and augmentation; data order and augmentation are functions of it alone.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
+        precision: "32-true"; or autocast of maps and products to 16 bits: "bf16-mixed", or "16-mixed" (float16), where
+            each unit has a loss scale of its own and leaves out an update whose gradients overflow. Weights, their
+            updates, statistics of norms and losses are float32 in all three, and so is the trained model.
     """
 
     memory_budget: int | float | str = "auto"
@@ -89,6 +98,8 @@ class TrainConfig:
     split_points: tuple[str, ...] = ()
     grouping_threshold: float = 0.4
     max_units: int = 4
+    prefer: str = "speed"
+    recompute: bool = True
     batch_size: int | str = "auto"
     min_batch_size: int = 8
     max_batch_size: int = 1024
@@ -115,6 +126,7 @@ class TrainConfig:
     max_drop: float = 0.01
     seed: int = 0
     device: str = "auto"
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -138,8 +150,9 @@ class TrainConfig:
         if self.max_cache_bytes is not None:
             parse_bytes(self.max_cache_bytes, "max_cache_bytes")
         parse_bytes(self.pinned_bytes, "pinned_bytes")
-        if type(self.durable_cache) is not bool:
-            raise ConfigError(f"durable_cache must be true or false, got {self.durable_cache!r}")
+        for name in ("recompute", "durable_cache"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         points = self.split_points
         if not isinstance(points, (list, tuple)) or not all(isinstance(p, str) for p in points):
             raise ConfigError(f"split_points must be a list of module names, got {self.split_points!r}")
@@ -168,16 +181,17 @@ class TrainConfig:
             raise ConfigError(f"memory_budget must be at least 1 MiB (1048576 bytes), got {budget!r} = {need} bytes")
 
     @property
-    def head_kind(self) -> str:
-        """ "deep" or "linear", what `head` comes to. Measured by bench/bench_head_kinds.py."""
-        if self.head != "auto":
-            return self.head
-        return "deep" if self.partition == "windows" else "linear"
+    def compute_dtype(self) -> str:
+        """What maps are while a block trains: "fp32", "fp16" or "bf16"."""
+        return COMPUTED[self.precision]
 
     @property
     def stored_dtype(self) -> str:
-        """What caches hold: "fp32", "fp16", "bf16" or "u8". Everything is computed in float32."""
-        return {"auto": "fp16", "exact": "fp32"}.get(self.cache_dtype, self.cache_dtype)
+        """What caches hold: "fp32", "fp16", "bf16" or "u8"; the compute dtype is what they are read back in."""
+        computed = self.compute_dtype
+        return {"auto": "bf16" if computed == "bf16" else "fp16", "exact": computed}.get(
+            self.cache_dtype, self.cache_dtype
+        )
 
     def with_fields(self, values: dict[str, Any]) -> TrainConfig:
         """This configuration with some fields replaced.

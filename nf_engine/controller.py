@@ -8,8 +8,11 @@ Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Controller).
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
+import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +26,17 @@ from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.data import ImageData
-from nf_engine.device import TensorBytes, placed, watched
+from nf_engine.device import TensorBytes, placed, room_bytes, watched
 from nf_engine.errors import BudgetExceededError
-from nf_engine.local_step import Unit, make_optimizer
+from nf_engine.local_step import Unit, train_block
+from nf_engine.partitioner import scaled_lr
+from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
+from nf_engine.recovery import RECOVERING, SHARES, HostCopy, asked_bytes, is_out_of_memory
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
+from nf_engine.step_graph import WARM_UP, CudaRecorder, Recorder, StepGraph
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions
 from nf_engine.tiers import SlowDisk, choose_again
 from nf_engine.worker import (
@@ -43,6 +50,9 @@ from nf_engine.worker import (
     train_epochs,
 )
 
+log = logging.getLogger(__name__)
+
+METRICS = ("block", "epoch", "samples", "train/loss", "val/accuracy")  # of an epoch, in metrics.jsonl
 PREVIEW = 512  # most held-out samples that an epoch's accuracy is estimated from; at most 2 % of an epoch
 
 
@@ -112,6 +122,7 @@ class Controller:
         self.history: list[dict[str, object]] = []
         digest = hashlib.sha256((plan.to_json() + config.to_toml() + data.digest()).encode())
         self._fingerprint = digest.digest()
+        self._recorder: Recorder | None = CudaRecorder(device, self._note_eager) if device.type == "cuda" else None
         self._numbers = list(itertools.accumulate((len(b.units) for b in plan.blocks), initial=0))
 
     def run(self) -> list[Score]:
@@ -119,15 +130,13 @@ class Controller:
         scores: list[Score] = []
         inputs: Inputs = self._images(self.data, self.train_images)
         held: Inputs = self._images(self.held_out, self.plain)
-        for number, block in enumerate(self.plan.blocks):
-            self.observer.block_started(number, block)
-            units = self._units(number, block)
+        for number in range(len(self.plan.blocks)):
             for stage in inputs.prefix if isinstance(inputs, ImageInputs) else ():
                 placed(stage, self.device).eval()
-            counter = self._start_count()
             inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
             try:
-                self._train(number, block, units, inputs, held, counter)
+                units, counter = self._trained(number, inputs, held)
+                block = self.plan.blocks[number]
                 after, after_held, found = self._leave(number, block, units, inputs, held, counter)
             finally:
                 self._release(inputs, held)
@@ -150,10 +159,11 @@ class Controller:
         for k, unit in enumerate(block.units):
             stages = [s.module for s in self.cut.stages[unit.first : unit.last + 1]]
             name = self.plan.stages[unit.first] + ".." + self.plan.stages[unit.last]
-            made = Unit(name, stages, self.heads[self._numbers[number] + k])
+            starts = [s - unit.first for s in unit.starts]
+            made = Unit(name, stages, self.heads[self._numbers[number] + k], starts)
             for module in made.modules():
                 placed(module, self.device)
-            made.optimizer = make_optimizer(made.parameters(), self.config)
+            made.prepare(self.config)
             units.append(made)
         return units
 
@@ -161,10 +171,10 @@ class Controller:
         modules = [*(s.module for s in self.cut.stages), *self.heads]
         return [t for m in modules for t in (*m.parameters(), *m.buffers())]
 
-    def _start_count(self) -> TensorBytes | None:
+    def _start_count(self, units: Sequence[Unit]) -> TensorBytes | None:
         """The block's meter on the CPU; on CUDA the allocator counts from here on."""
         if self.device.type == "cpu":
-            return TensorBytes(self._resident())
+            return TensorBytes([*self._resident(), *(t for u in units for t in u.tensors())])
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         return None
@@ -177,6 +187,105 @@ class Controller:
                 if not self.keep_cache and inputs.cache.record.tier == "disk":
                     self.folder.remove(inputs.cache.record.name)
                 self.folder.log("cache_read", name=inputs.cache.record.name, **asdict(inputs.cache.stats()))
+
+    def _trained(self, number: int, inputs: Inputs, held: Inputs) -> tuple[list[Unit], TensorBytes | None]:
+        """Trains a block; where the device runs out of memory, again from the block's start with a smaller batch."""
+        planned, history = self.plan.blocks[number], len(self.history)
+        modules = [s.module for s in self.cut.stages[planned.first : planned.last + 1]]
+        modules += self.heads[self._numbers[number] : self._numbers[number + 1]]
+        start = HostCopy(modules) if self.device.type in RECOVERING else None
+        asked: int | None = None
+        for batch in dict.fromkeys(max(1, int(share * planned.batch)) for share in SHARES):
+            block = self._use_batch(number, planned, batch)
+            self.observer.block_started(number, block)
+            try:
+                return self._attempt(number, block, inputs, held, start)
+            except RuntimeError as error:
+                if start is None or not is_out_of_memory(error):
+                    raise
+                asked, free = asked_bytes(error), room_bytes(self.device)
+            # Here the exception is gone, and with its frames what the failed step held on to.
+            start.restore()
+            self._clear_attempt(history, inputs, held)
+            self._tell_out_of_memory(number, batch, asked, free)
+        budget = self.plan.budget
+        raise BudgetExceededError(
+            f"block {number} ran out of memory at batch {planned.batch} and at every smaller one down to {batch}; the "
+            f"budget is {format_bytes(budget)} ({budget} bytes); lower max_batch_size, or raise memory_budget",
+            stage=f"block {number}",
+            need=budget + (asked or 1),
+            budget=budget,
+        )
+
+    def _attempt(
+        self, number: int, block: BlockPlan, inputs: Inputs, held: Inputs, start: HostCopy | None
+    ) -> tuple[list[Unit], TensorBytes | None]:
+        if start is not None:
+            self._rehearse(number, block, inputs, held)
+            start.restore()
+        units = self._units(number, block)
+        counter = self._start_count(units)
+        try:
+            self._train(number, block, units, inputs, held, counter)
+        finally:
+            self._release_graph()
+        return units, counter
+
+    def _rehearse(self, number: int, block: BlockPlan, inputs: Inputs, held: Inputs) -> None:
+        """Runs at full size what the training will: its first steps, an eval step, and one on a short last batch.
+
+        Only sizes that ran here are trained at. The caller puts the weights back.
+        """
+        units = self._units(number, block)
+        devices = [self.device] if self.device.type == "cuda" else []
+        losses = torch.zeros(len(units), device=self.device)
+        graph = StepGraph(units, losses, self._recorder) if self._recorder is not None else None
+        for unit in units:
+            unit.body.train()
+            unit.head.train()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                train_block(units, itertools.islice(inputs.train(0, block.batch), WARM_UP + 1), losses, graph)
+                if graph is not None:
+                    graph.end_epoch()
+                forward_block(units, _full_and_short(held, block.batch), score=True, write=None, device=self.device)
+        finally:
+            self._release_graph()
+            _rewind(inputs, held)
+
+    def _use_batch(self, number: int, planned: BlockPlan, batch: int) -> BlockPlan:
+        """The block at this batch size, with the learning rate that belongs to it; from here on in the plan, too."""
+        if batch == planned.batch:
+            return planned
+        block = replace(planned, batch=batch, lr=scaled_lr(self.config, batch))
+        blocks = (*self.plan.blocks[:number], block, *self.plan.blocks[number + 1 :])
+        self.plan = replace(self.plan, blocks=blocks)
+        self.folder.write("plan.json", self.plan.to_json())
+        return block
+
+    def _clear_attempt(self, history: int, *used: Inputs) -> None:
+        """Drops what a failed attempt has left: buffers, garbage, and epochs beyond the first `history`."""
+        _rewind(*used)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        del self.history[history:]
+        lines = ({name: line[name] for name in METRICS} for line in self.history)
+        self.folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _tell_out_of_memory(self, number: int, batch: int, asked: int | None, free: int) -> None:
+        wanted = "an unknown number of bytes" if asked is None else f"{asked} bytes"
+        text = "block %d ran out of memory at batch %d: asked for %s, %d bytes were free; it is as before its training"
+        log.warning(text, number, batch, wanted, free)
+        self.folder.log("out_of_memory", number=number, batch=batch, asked=asked, free=free)
+
+    def _release_graph(self) -> None:
+        if self._recorder is not None:
+            self._recorder.release()
+
+    def _note_eager(self, text: str) -> None:
+        self.observer.note(text)
+        self.folder.log("eager_steps", reason=text)
 
     def _train(
         self,
@@ -201,13 +310,8 @@ class Controller:
                 unit.head.train()
             now, peak = self._now(counter)
             self.observer.epoch_ended(epoch, accuracy, now, peak)
-            line = {
-                "block": number,
-                "epoch": epoch.epoch,
-                "samples": epoch.samples * (epoch.epoch + 1),
-                "train/loss": list(epoch.losses),
-                "val/accuracy": accuracy,
-            }
+            samples = epoch.samples * (epoch.epoch + 1)
+            line = dict(zip(METRICS, (number, epoch.epoch, samples, list(epoch.losses), accuracy), strict=True))
             self.history.append({**line, "seconds": epoch.seconds, "mem/peak": peak})
             self.folder.append("metrics.jsonl", line)
             if disk is not None and disk.slowed_down(epoch.seconds) and isinstance(inputs, CacheInputs):
@@ -223,6 +327,7 @@ class Controller:
             block=number,
             on_step=self.observer.step,
             counter=counter,
+            recorder=self._recorder,
         )
         self.seconds["train"] += time.perf_counter() - started
 
@@ -329,7 +434,8 @@ class Controller:
             raise
         self.folder.log("cache_written", name=cache.record.name, tier=plan.tier, **asdict(cache.stats()))
         order = _order_after(inputs, key)
-        made = CacheInputs(cache, self.config.seed, number, inputs.samples, inputs.copies, order, plan.window)
+        seed, dtype = self.config.seed, compute_dtype(self.config)
+        made = CacheInputs(cache, seed, number, inputs.samples, inputs.copies, order, plan.window, dtype)
         return made, scores
 
     def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
@@ -438,6 +544,21 @@ class _DiskWatch:
         self._before = now
         stalled = now.read_stall - before.read_stall
         return self._slow.add(stalled, int((now.bytes_read - before.bytes_read) * stalled / epoch_seconds))
+
+
+def _full_and_short(inputs: Inputs, size: int) -> Iterator[Batch]:
+    """A batch as large as the largest of a pass, and one as short as its last."""
+    for batch in itertools.islice(inputs.once(size, None), 1):
+        yield batch
+        rest = inputs.samples * inputs.copies % size
+        if 0 < rest < len(batch.x):
+            yield Batch(*(t[:rest] for t in batch))
+
+
+def _rewind(*used: Inputs) -> None:
+    for inputs in used:
+        if isinstance(inputs, CacheInputs):
+            inputs.rewind()
 
 
 def _order_after(inputs: Inputs, key: int) -> NDArray[np.int64]:

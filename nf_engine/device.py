@@ -6,13 +6,14 @@ operators create: the same sum as torch's MemTracker gives, which cannot watch m
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil
 import torch
@@ -136,6 +137,55 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+class Cap(NamedTuple):
+    """Bytes: what torch may reserve, what of it the process held before, what the driver counts beside it.
+
+    beside: the CUDA context, and other programs on the device; never part of the budget.
+    """
+
+    reserved: int
+    held: int
+    beside: int
+
+
+@contextmanager
+def capped(device: torch.device, budget: int) -> Iterator[Cap | None]:
+    """While it lasts, torch's allocator reserves at most `budget` bytes more on a CUDA device than it does now.
+
+    All of it runs on a stream of its own, since a CUDA graph cannot be recorded on the default one, nor warmed up. A
+    lower cap that was there stays; whatever was there comes back at the end. On other devices nothing happens.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    gc.collect()  # what planning left behind
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # The allocator takes the share of total_memory and drops the fraction of a byte: never more than asked for.
+    share = (budget + held) / torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    caller, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    own.wait_stream(caller)
+    torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+    try:
+        with torch.cuda.stream(own):
+            yield Cap(budget + held, held, total - free - held)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+        caller.wait_stream(own)
+        torch.cuda.empty_cache()
+
+
+def room_bytes(device: torch.device) -> int:
+    """Bytes that tensors could still get: on CUDA under the cap of the process."""
+    if device.type != "cuda":
+        return free_bytes(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    allowed = int(share * torch.cuda.get_device_properties(device).total_memory)
+    return min(allowed - torch.cuda.memory_reserved(device), free_bytes(device))
 
 
 def free_ram(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.controller import BlockMemory, Controller
 from nf_engine.data import ImageData, as_image_data, stratified_split
-from nf_engine.device import budget_bytes, pick
+from nf_engine.device import budget_bytes, capped, pick
 from nf_engine.errors import ConfigError, DataError
 from nf_engine.exits import EarlyExitModel, Scaled, exits_table, select_exit, throughput
 from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
+from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.profiler import BATCHES, flops_of, make_head
 from nf_engine.progress import make_observer
@@ -107,8 +108,8 @@ def train(
     cut = split(network, data.shape, split_points=settings.split_points)
     _check_classes(cut, data)
     folder = RunFolder(output_dir, network_name)
-    train_images = Preprocess(data.normalisation, settings.augment, settings.seed)
-    plain = Preprocess(data.normalisation)
+    train_images = Preprocess(data.normalisation, settings.augment, settings.seed, compute_dtype(settings))
+    plain = Preprocess(data.normalisation, dtype=compute_dtype(settings))
     if plan is None:
         budget = budget_bytes(settings, device)
         planner = Planner(
@@ -138,9 +139,14 @@ def train(
         cut, heads, made, settings, data, held_out, train_images, plain, folder, device, observer, keep_cache=keep_cache
     )
     try:
-        scores = controller.run()
+        with capped(device, made.budget) as cap:
+            if cap is not None:
+                folder.log("cap", **cap._asdict())
+                observer.note(f"{cap.beside} bytes of the device are outside the budget: CUDA context, other programs")
+            scores = controller.run()
     finally:
         observer.close()
+    made = controller.plan  # batches may have shrunk
     timings.update(controller.seconds)
     facts = _facts(network, network_name, cut, made, settings, data.normalisation, uint8(data))
     whole = assemble(cut, heads, made.units, data.normalisation, facts)
@@ -264,7 +270,7 @@ def _planner(
     network = named_model(model, shape, classes)
     cut = split(network, shape, split_points=settings.split_points)
     identity = Normalisation((0.0,) * shape[0], (1.0,) * shape[0])
-    preprocess = Preprocess(identity, settings.augment, settings.seed)
+    preprocess = Preprocess(identity, settings.augment, settings.seed, compute_dtype(settings))
     return Planner(
         cut, settings, preprocess, True, device, samples, name_of(network), None, batch_sizes, together=together
     )

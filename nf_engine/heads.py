@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nf_engine import ops, reference
 from nf_engine.errors import ConfigError
 from nf_engine.ops import IGNORE_INDEX, HeadParams, Statistics
+from nf_engine.precision import autocast_like
 from nf_engine.records import HeadSpec
 
 __all__ = [
@@ -143,8 +144,9 @@ class ModuleHead(nn.Module):
         self.smoothing = smoothing
 
     def forward(self, h: Tensor) -> Tensor:
-        """module(h)."""
-        logits: Tensor = self.module(h)
+        """module(h), in h's dtype."""
+        with autocast_like(h):
+            logits: Tensor = self.module(h)
         return logits
 
     def step(self, h: Tensor, labels: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,7 @@ class ModuleHead(nn.Module):
         leaf = h.detach().requires_grad_()
         reduction = "mean" if scale is None else "sum"
         with torch.enable_grad():
-            logits = self.module(leaf)
+            logits = self(leaf)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(
                 logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=self.smoothing, reduction=reduction

@@ -8,23 +8,40 @@ Source: decoupled greedy learning, https://arxiv.org/abs/1901.08164; NeuroFlux, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nf_engine.config import TrainConfig
+from nf_engine.ops import IGNORE_INDEX
+from nf_engine.precision import LossScale
+from nf_engine.recompute import Body
 
 
 class Unit:
-    """Consecutive stages trained by one local loss: body, head and their optimiser."""
+    """Consecutive stages trained by one local loss: body, head, their optimiser, and the loss scale of float16."""
 
-    def __init__(self, name: str, stages: Sequence[nn.Module], head: nn.Module) -> None:
+    def __init__(self, name: str, stages: Sequence[nn.Module], head: nn.Module, starts: Sequence[int] = ()) -> None:
+        """starts: numbers in `stages`, as in recompute.Body."""
         self.name = name
-        self.body = nn.Sequential(*stages)
+        self.body = Body(stages, starts)
         self.head = head
         self.optimizer: torch.optim.Optimizer | None = None
+        self.loss_scale: LossScale | None = None
+
+    def prepare(self, config: TrainConfig) -> None:
+        """Makes what a training needs beside the modules, on the device where they are now."""
+        self.optimizer = make_optimizer(self.parameters(), config)
+        self.loss_scale = LossScale(self.optimizer) if config.compute_dtype == "fp16" else None
+
+    def forget_step(self) -> None:
+        """Drops what a step that broke off has left: gradients, and a loss scale between two of its calls."""
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.forget_step()
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.body, self.head
@@ -33,10 +50,11 @@ class Unit:
         return [p for m in self.modules() for p in m.parameters()]
 
     def tensors(self) -> list[Tensor]:
-        """Parameters, buffers and optimiser state."""
+        """Parameters, buffers, optimiser state and loss scale: all that a step changes."""
         state = self.optimizer.state.values() if self.optimizer else ()
         kept = [v for s in state for v in s.values() if isinstance(v, Tensor)]
-        return [*self.parameters(), *(b for m in self.modules() for b in m.buffers()), *kept]
+        scale = self.loss_scale.tensors() if self.loss_scale else []
+        return [*self.parameters(), *(b for m in self.modules() for b in m.buffers()), *kept, *scale]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -52,39 +70,54 @@ def local_step(unit: Unit, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Trains one unit on one batch.
 
     Args:
-        unit: in train mode, with an optimiser.
-        x: (N, C, H, W) input of the unit, without gradient.
+        unit: in train mode, prepared.
+        x: (N, C, H, W) input of the unit, without gradient; its dtype is the one that the unit computes in.
         labels: (N,) int64.
 
     Returns:
         h (N, C', H', W') the unit's output before the update, detached; and its mean loss, 0-d, detached.
     """
     h = unit.body(x)
-    loss, dh = unit.head.step(h.detach(), labels, None)  # type: ignore[operator]
+    factor = unit.loss_scale.factor if unit.loss_scale else None
+    scale = None if factor is None else factor / (labels != IGNORE_INDEX).sum()
+    loss, dh = unit.head.step(h.detach(), labels, scale)  # type: ignore[operator]
+    if factor is not None:
+        loss = loss / factor  # before the update changes it
     if h.requires_grad:
         torch.autograd.backward(h, dh)
     del dh
     assert unit.optimizer is not None
-    unit.optimizer.step()
+    if unit.loss_scale is None:
+        unit.optimizer.step()
+    else:
+        unit.loss_scale.step(unit.optimizer)
     unit.optimizer.zero_grad(set_to_none=True)
     return h.detach(), loss
 
 
-def train_block(units: Sequence[Unit], batches: Iterable[tuple[Tensor, Tensor]], losses: Tensor) -> int:
+def train_block(
+    units: Sequence[Unit],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    losses: Tensor,
+    replay: Callable[[Tensor, Tensor], bool] | None = None,
+) -> int:
     """Trains all units of a block on every batch; unit k + 1 reads what unit k gave.
 
     Args:
         units: in order.
-        batches: of (x, labels) on the device.
+        batches: of (x, labels) on the device, which nothing else reads later.
         losses: (units,) float32 on the device; each unit's summed mean losses are added.
+        replay: trains on one batch by other means, or returns False and leaves it to this function.
 
     Returns:
         The number of batches.
     """
     steps = 0
     for x, labels in batches:
+        steps += 1
+        if replay is not None and replay(x, labels):
+            continue
         for k, unit in enumerate(units):
             x, loss = local_step(unit, x, labels)
             losses[k] += loss
-        steps += 1
     return steps

@@ -1,13 +1,8 @@
 """Partitioner: profile and budget in, plan out. Arithmetic only; no torch, no device, no randomness.
 
-The bytes of a unit of stages i..j at batch b, all from the profile's lines, weights and optimizer state apart:
-
-    x_i + max( kept_i + .. + kept_j + output + the head's step,
-               kept_i + .. + kept_l + transient_l + gradients of l+1 .. j and the head + output and its gradient, any l,
-               all gradients + output )
-
-A block adds the weights and optimizer state of all its units once, and takes its largest unit. `layerwise` joins stages
-whose largest batches are alike; `windows` takes the fewest units that fit at the target batch. Both searches are exact.
+`layerwise` joins stages whose largest batches are alike. `windows` takes the fewest units that fit at the target batch;
+a unit may run stages twice to fit, where that is no slower than more units, or where accuracy is preferred.
+Both searches are exact over the costs of costs.py.
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Partitioner); the algorithms are ours, the paper's text
 was not available.
 """
@@ -17,141 +12,37 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from nf_engine.config import TrainConfig
+from nf_engine.costs import Costs, Span, Spans, checkpointed_peak, head_of
 from nf_engine.errors import ConfigError, InfeasibleBudgetError
-from nf_engine.records import (
-    ENGINE_SLOTS,
-    BlockPlan,
-    Bounds,
-    HeadProfile,
-    Line,
-    Plan,
-    Profile,
-    StageProfile,
-    UnitPlan,
-    format_bytes,
-    stored_bytes,
-)
+from nf_engine.records import BlockPlan, Bounds, Line, Plan, Profile, UnitPlan, format_bytes, stored_bytes
 from nf_engine.tiers import cache_plan, copies_of, mixing
 
 TARGET_BATCH = 128
 FALLBACK_BATCHES = (64, 32)
 MIN_STEPS = 50  # an epoch in fewer steps trains too little, whatever fits
 MAX_LR = 8.0  # times the lr at batch 128
+SLOWER = 1.1  # times the fastest plan's work: so much may a plan with fewer units cost
 
 
-def head_of(profile: Profile, last: int) -> HeadProfile:
-    return profile.stages[last].head
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bytes of units and blocks of one profile.
-
-    Args:
-        profile: measured stages.
-        together: the weights of all stages lie in the memory that is budgeted (training on the CPU).
-        exact: unit peaks measured whole, by (first, last): they replace the sum over stages.
-        dtype: as which cached inputs wait: on a device of its own the engine's slots hold batches of them.
-    """
-
-    profile: Profile
-    together: bool
-    exact: Mapping[tuple[int, int], Line]
-    dtype: str = "fp32"
-
-    def _head(self, first: int, last: int, batch: int) -> float:
-        """Bytes while the head takes its step."""
-        return self._kept(first, last, batch) + head_of(self.profile, last).transient.at(batch)
-
-    def _kept(self, first: int, last: int, batch: int) -> float:
-        stages = self.profile.stages[first : last + 1]
-        return stages[0].input.at(batch) + sum(s.kept.at(batch) for s in stages) + stages[-1].loose.at(batch)
-
-    def _backward(self, first: int, last: int, batch: int) -> float:
-        stages, head = self.profile.stages, head_of(self.profile, last)
-        out = stages[last].output * batch
-        gradients = float(head.gradients)
-        kept = stages[first].input.at(batch) + sum(s.kept.at(batch) for s in stages[first : last + 1])
-        peak = 0.0
-        for k in range(last, first - 1, -1):
-            held = 0 if k == last else 2 * out
-            peak = max(peak, kept + stages[k].transient.at(batch) + gradients + held)
-            kept -= stages[k].kept.at(batch)
-            gradients += stages[k].gradients
-        return max(peak, stages[first].input.at(batch) + gradients + out)
-
-    def unit(self, first: int, last: int, batch: int) -> float:
-        """Peak bytes of one step of the unit, weights and optimizer state apart."""
-        if (first, last) in self.exact:
-            return self.exact[first, last].at(batch)
-        return max(self._backward(first, last, batch), self._head(first, last, batch))
-
-    def overhead(self, units: tuple[tuple[int, int], ...]) -> int:
-        """Bytes beside every block: on the CPU the resting weights share the memory."""
-        if not self.together:
-            return 0
-        return sum(s.weights for s in self.profile.stages) + sum(head_of(self.profile, j).weights for _, j in units)
-
-    def fixed(self, units: tuple[tuple[int, int], ...]) -> int:
-        """Weights (where they are not in the overhead) and optimizer state of a block of these units."""
-        total = 0
-        for i, j in units:
-            parts: list[StageProfile | HeadProfile] = [*self.profile.stages[i : j + 1], head_of(self.profile, j)]
-            total += sum(p.optimizer + (0 if self.together else p.weights) for p in parts)
-        return total
-
-    def input_bytes(self, first: int) -> int:
-        """Bytes of one sample of a block's inputs."""
-        return self.profile.stages[first - 1].output if first else self.profile.input
-
-    def _slots(self, first: int, batch: int) -> int:
-        """Bytes of the device slots that batches of cached inputs arrive in; on the CPU they are not budgeted."""
-        if first == 0 or self.together:
-            return 0
-        return ENGINE_SLOTS * batch * stored_bytes(self.profile.stages[first - 1].output_shape, self.dtype)
-
-    def block(self, units: tuple[tuple[int, int], ...], batch: int, overhead: int) -> float:
-        """Peak bytes of training a block of these units."""
-        first, last = units[0][0], units[-1][1]
-        buffer = self.input_bytes(first) * batch if first else 0  # the reused input of a cached block outlives unit 0
-        stored = self._slots(first, batch)
-        peak = self.unit(*units[0], batch) + stored
-        peak = max([peak, *(self.unit(i, j, batch) + buffer + stored for i, j in units[1:])])
-        if first == 0:
-            peak = max(peak, self.profile.loading.at(batch) + self.profile.stages[last].output * batch)
-        return overhead + self.fixed(units) + peak
-
-    def largest_batch(self, units: tuple[tuple[int, int], ...], allowed: float, overhead: int, high: int) -> int:
-        """The largest batch in 1..high whose block fits, 0 if none; bytes grow with the batch."""
-        low = 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.block(units, middle, overhead) <= allowed else (low, middle - 1)
-        return low
-
-
-Units = tuple[tuple[int, int], ...]
-
-
-def cache_bytes(profile: Profile, units: list[Units], samples: int, copies: int, dtype: str) -> int:
+def cache_bytes(costs: Costs, blocks: list[Spans], config: TrainConfig, samples: int) -> int:
     """Bytes of all caches between the blocks of a plan."""
-    shapes = (profile.stages[block[-1][1]].output_shape for block in units[:-1])
-    return sum(stored_bytes(shape, dtype) * samples * copies for shape in shapes)
+    shapes = (costs.profile.stages[block[-1].last].output_shape for block in blocks[:-1])
+    return sum(stored_bytes(shape, config.stored_dtype) * samples * copies_of(config) for shape in shapes)
 
 
-def _compositions(length: int, parts: int) -> Iterator[Units]:
+def _compositions(length: int, parts: int) -> Iterator[Spans]:
     for cuts in itertools.combinations(range(1, length), parts - 1):
         edges = (0, *cuts, length)
-        yield tuple((edges[k], edges[k + 1] - 1) for k in range(parts))
+        yield tuple(Span(edges[k], edges[k + 1] - 1) for k in range(parts))
 
 
-def _groupings(units: Units) -> Iterator[list[Units]]:
+def _groupings(units: Spans) -> Iterator[list[Spans]]:
     for joins in itertools.product((True, False), repeat=len(units) - 1):
-        blocks: list[list[tuple[int, int]]] = [[units[0]]]
+        blocks: list[list[Span]] = [[units[0]]]
         for unit, joined in zip(units[1:], joins, strict=True):
             if joined:
                 blocks[-1].append(unit)
@@ -160,49 +51,81 @@ def _groupings(units: Units) -> Iterator[list[Units]]:
         yield [tuple(b) for b in blocks]
 
 
-def _head_time(profile: Profile, units: Units, batch: int) -> float:
-    heads = [head_of(profile, j) for _, j in units]
-    timed = [h.seconds.at(batch) for h in heads if h.seconds is not None]
-    return sum(timed) if len(timed) == len(heads) else float(sum(h.flops for h in heads))
+def _singles(count: int) -> Spans:
+    return tuple(Span(s, s) for s in range(count))
 
 
-def windows(
-    costs: Costs, allowed: float, config: TrainConfig, samples: int, target: int
-) -> tuple[list[Units], int] | None:
-    """The fewest units whose blocks fit at the target batch; ties by cache bytes, then time, then peak.
+class _Found(NamedTuple):
+    """The best plan with some number of units at a batch. work: as Costs.work."""
 
-    After the target 64 and 32 are tried; then one unit a stage at the largest batch that fits them all.
+    blocks: list[Spans]
+    batch: int
+    work: float
+    plain: bool
+
+
+def windows(costs: Costs, allowed: float, config: TrainConfig, samples: int, target: int) -> _Found | None:
+    """The plan whose units and batch suit `prefer`; ties by cache bytes, then time, then peak.
+
+    At the target batch, then 64 and 32, then with one unit a stage at the largest batch that fits them all. More units,
+    or smaller batches, are looked at as long as those found recompute something.
     """
-    profile, count = costs.profile, len(costs.profile.stages)
     batches = [target, *(b for b in FALLBACK_BATCHES if config.min_batch_size <= b < target)]
     if config.batch_size != "auto":
         batches = [target]
+    found: list[_Found] = []
     for batch in batches:
-        bytes_of = cache(lambda i, j, batch=batch: costs.unit(i, j, batch))
-        for parts in range(1, min(config.max_units, count) + 1):
-            best: tuple[tuple[float, ...], list[Units]] | None = None
-            for units in _compositions(count, parts):
-                if any(bytes_of(i, j) > allowed for i, j in units):
-                    continue
-                for blocks in _groupings(units):
-                    overhead = costs.overhead(units)
-                    peak = max(costs.block(b, batch, overhead) for b in blocks)
-                    if peak > allowed:
-                        continue
-                    stored = cache_bytes(profile, blocks, samples, copies_of(config), config.stored_dtype)
-                    key = (stored, _head_time(profile, units, batch), peak)
-                    if best is None or key < best[0]:
-                        best = key, blocks
-            if best is not None:
-                return best[1], batch
-    singles: Units = tuple((s, s) for s in range(count))
+        for parts in range(1, min(config.max_units, len(costs.profile.stages)) + 1):
+            best = _of_parts(costs, allowed, config, samples, batch, parts)
+            found += [best] if best is not None else []
+            if best is not None and (best.plain or config.prefer == "accuracy"):
+                return _preferred(found, config)
+    if found:
+        return _preferred(found, config)
+    singles = _singles(len(costs.profile.stages))
     overhead = costs.overhead(singles)
     batch = min(costs.largest_batch((unit,), allowed, overhead, batches[-1]) for unit in singles)
     if batch < smallest_batch(config, target):
         return None
     joined = _join_singles(costs, allowed, singles, batch, samples, config)
     assert joined is not None, "each stage alone fits at this batch"
-    return joined, batch
+    return _Found(joined, batch, 0.0, True)
+
+
+def _preferred(found: list[_Found], config: TrainConfig) -> _Found:
+    """Of plans by falling batch and rising number of units: the first, or the first that is nearly the fastest."""
+    if config.prefer == "accuracy":
+        return found[0]
+    fastest = min(f.work for f in found)
+    return next(f for f in found if f.work <= SLOWER * fastest)
+
+
+def _of_parts(costs: Costs, allowed: float, config: TrainConfig, samples: int, batch: int, parts: int) -> _Found | None:
+    """The best plan of so many units, each of which recomputes as little as it can."""
+
+    @cache
+    def fits(first: int, last: int) -> bool:
+        if not config.recompute:
+            return costs.unit(Span(first, last), batch) <= allowed
+        return costs.recomputation(first, last, batch, allowed) is not None
+
+    best: tuple[tuple[float, ...], _Found] | None = None
+    for units in _compositions(len(costs.profile.stages), parts):
+        if not all(fits(u.first, u.last) for u in units):
+            continue
+        overhead = costs.overhead(units)
+        for grouped in _groupings(units):
+            blocks = [b for g in grouped if (b := costs.fitted(g, batch, overhead, allowed)) is not None]
+            spans = tuple(u for b in blocks for u in b)
+            plain = not any(u.starts for u in spans)
+            if len(blocks) < len(grouped) or not (plain or config.recompute):
+                continue
+            work = costs.work(spans, batch)
+            stored = cache_bytes(costs, blocks, config, samples)
+            key = stored, work, max(costs.block(b, batch, overhead) for b in blocks)
+            if best is None or key < best[0]:
+                best = key, _Found(blocks, batch, work, plain)
+    return best[1] if best is not None else None
 
 
 def smallest_batch(config: TrainConfig, target: int) -> int:
@@ -211,18 +134,18 @@ def smallest_batch(config: TrainConfig, target: int) -> int:
 
 
 def _join_singles(
-    costs: Costs, allowed: float, singles: Units, batch: int, samples: int, config: TrainConfig
-) -> list[Units] | None:
+    costs: Costs, allowed: float, singles: Spans, batch: int, samples: int, config: TrainConfig
+) -> list[Spans] | None:
     """One unit a stage, joined into the blocks with the fewest cache bytes, then the fewest blocks, that fit."""
     overhead, count = costs.overhead(singles), len(singles)
-    best: list[tuple[tuple[int, int], list[Units]] | None] = [((0, 0), [])] + [None] * count
+    best: list[tuple[tuple[int, int], list[Spans]] | None] = [((0, 0), [])] + [None] * count
     for end in range(1, count + 1):
         for start in range(end):
             before = best[start]
             if before is None or costs.block(singles[start:end], batch, overhead) > allowed:
                 continue
             blocks = [*before[1], singles[start:end]]
-            stored = cache_bytes(costs.profile, blocks, samples, copies_of(config), config.stored_dtype)
+            stored = cache_bytes(costs, blocks, config, samples)
             key = (stored, len(blocks))
             current = best[end]
             if current is None or key < current[0]:
@@ -233,18 +156,18 @@ def _join_singles(
 
 def layerwise(
     costs: Costs, allowed: float, config: TrainConfig, smallest: int, largest: int
-) -> list[tuple[Units, int]] | None:
+) -> list[tuple[Spans, int]] | None:
     """One unit a stage; a stage joins the block before it while their largest batches differ by less than a threshold.
 
     Returns blocks with their batch sizes; None where a stage does not fit at `smallest`.
     """
     count = len(costs.profile.stages)
-    singles: Units = tuple((s, s) for s in range(count))
+    singles = _singles(count)
     overhead = costs.overhead(singles)
     fits = [costs.largest_batch((unit,), allowed, overhead, largest) for unit in singles]
     if min(fits) < smallest:
         return None
-    blocks: list[tuple[Units, int]] = []
+    blocks: list[tuple[Spans, int]] = []
     members: list[int] = [0]
     for s in range(1, count):
         group = [*members, s]
@@ -259,33 +182,6 @@ def layerwise(
     return blocks
 
 
-def checkpointed_peak(costs: Costs, batch: int) -> float:
-    """Peak of backpropagation checkpointed at the best set of stage boundaries: the honest rival at equal batch.
-
-    Segment inputs are kept; one segment at a time is recomputed and differentiated; all gradients wait for the step.
-    """
-    stages, count = costs.profile.stages, len(costs.profile.stages)
-    gradients = sum(s.gradients for s in stages) + head_of(costs.profile, count - 1).gradients
-    segment = {}
-    for i in range(count):
-        kept = 0.0
-        worst = 0.0
-        for j in range(i, count):
-            kept += stages[j].kept.at(batch)
-            worst = max(worst, kept + stages[j].transient.at(batch))
-            segment[i, j] = worst
-    sizes = [costs.input_bytes(i) * batch for i in range(count)]
-    best = float("inf")
-    for limit in sorted(set(segment.values())):
-        least = [0.0] + [float("inf")] * count  # bytes of segment inputs kept, over the first j stages
-        for j in range(1, count + 1):
-            for i in range(j):
-                if segment[i, j - 1] <= limit:
-                    least[j] = min(least[j], least[i] + sizes[i])
-        best = min(best, least[count] + limit)
-    return best + gradients
-
-
 def scaled_lr(config: TrainConfig, batch: int) -> float:
     """The learning rate at a batch size: linear for SGD, square root for AdamW, capped; config.lr is meant at 128."""
     ratio = batch / TARGET_BATCH
@@ -294,9 +190,9 @@ def scaled_lr(config: TrainConfig, batch: int) -> float:
 
 def _bounds(costs: Costs, batch: int, plan_peak: float) -> Bounds:
     count = len(costs.profile.stages)
-    whole: Units = ((0, count - 1),)
+    whole = (Span(0, count - 1),)
     fixed = costs.overhead(whole) + costs.fixed(whole)
-    singles: Units = tuple((s, s) for s in range(count))
+    singles = _singles(count)
     overhead = costs.overhead(singles)
     return Bounds(
         batch=batch,
@@ -314,7 +210,7 @@ def partition(
     budget: int,
     samples: int,
     together: bool = False,
-    exact: Mapping[tuple[int, int], Line] | None = None,
+    exact: Mapping[Span, Line] | None = None,
     slack: int = 0,
 ) -> Plan:
     """The best plan of a profile under a budget.
@@ -343,7 +239,7 @@ def partition(
         chosen = layerwise(costs, allowed, config, smallest_batch(config, target), min(cap, wide))
     else:
         found = windows(costs, allowed, config, samples, target)
-        chosen = [(units, found[1]) for units in found[0]] if found else None
+        chosen = [(units, found.batch) for units in found.blocks] if found else None
     if chosen is None:
         raise _infeasible(costs, budget, allowed, smallest_batch(config, target))
     return _plan(costs, config, chosen, budget, round(allowed), samples, target)
@@ -352,7 +248,7 @@ def partition(
 def _plan(
     costs: Costs,
     config: TrainConfig,
-    chosen: list[tuple[Units, int]],
+    chosen: list[tuple[Spans, int]],
     budget: int,
     allowed: int,
     samples: int,
@@ -364,17 +260,19 @@ def _plan(
     blocks = []
     for units, batch in chosen:
         plans = []
-        for i, j in units:
-            head = head_of(profile, j)
-            plans.append(UnitPlan(i, j, head.spec, head.path, round(costs.unit(i, j, batch))))
+        step = costs.seconds(units, batch)
+        for unit in units:
+            head = head_of(profile, unit.last)
+            peak = round(costs.unit(unit, batch))
+            plans.append(UnitPlan(unit.first, unit.last, head.spec, head.path, peak, unit.starts))
         blocks.append(
             BlockPlan(
                 units=tuple(plans),
                 batch=batch,
                 lr=scaled_lr(config, batch),
                 peak=round(costs.block(units, batch, overhead)),
-                seconds=_epoch_seconds(profile, units, batch, samples),
-                cache=cache_plan(profile, config, units[0][0], batch, samples),
+                seconds=None if step is None else step * samples / batch,
+                cache=cache_plan(profile, config, units[0].first, batch, samples),
             )
         )
     seconds = [b.seconds for b in blocks if b.seconds is not None]
@@ -399,7 +297,7 @@ def _plan(
 
 def forward_batch(costs: Costs, plan: Plan, block: BlockPlan) -> int:
     """The most samples that can go through the frozen stages before a block at a time, 0 if not even one fits."""
-    units = tuple((u.first, u.last) for u in block.units)
+    units = tuple(Span(u.first, u.last, u.starts) for u in block.units)
     stages = costs.profile.stages[: block.first]
     fixed = plan.overhead + costs.fixed(units) + 2 * costs.input_bytes(block.first) * block.batch
     if not costs.together:
@@ -412,14 +310,6 @@ def forward_batch(costs: Costs, plan: Plan, block: BlockPlan) -> int:
             return size
         size //= 2
     return 0
-
-
-def _epoch_seconds(profile: Profile, units: Units, batch: int, samples: int) -> float | None:
-    lines = [s.seconds for i, j in units for s in profile.stages[i : j + 1]]
-    lines += [head_of(profile, j).seconds for _, j in units]
-    if any(line is None for line in lines):
-        return None
-    return sum(line.at(batch) for line in lines if line is not None) * samples / batch
 
 
 def _warnings(profile: Profile, config: TrainConfig, blocks: list[BlockPlan], samples: int) -> tuple[str, ...]:
@@ -444,7 +334,7 @@ def _warnings(profile: Profile, config: TrainConfig, blocks: list[BlockPlan], sa
 
 def _infeasible(costs: Costs, budget: int, allowed: float, batch: int) -> InfeasibleBudgetError:
     count = len(costs.profile.stages)
-    singles: Units = tuple((s, s) for s in range(count))
+    singles = _singles(count)
     overhead = costs.overhead(singles)
     needs = [costs.block((unit,), batch, overhead) for unit in singles]
     worst = max(range(count), key=needs.__getitem__)

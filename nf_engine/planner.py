@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 
 from nf_engine.config import TrainConfig
+from nf_engine.costs import Costs, Span
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.heads import WIDEST
-from nf_engine.partitioner import TARGET_BATCH, Costs, forward_batch, partition
+from nf_engine.partitioner import TARGET_BATCH, forward_batch, partition
 from nf_engine.preprocess import Preprocess
 from nf_engine.profiler import (
     BATCHES,
@@ -31,6 +32,7 @@ from nf_engine.stages import Cut
 from nf_engine.tier_probe import PROBE_SECONDS, probe_tiers
 from nf_engine.tiers import choose_tier
 
+LINEAR_UNITS = 2  # up to so many units linear heads are the more accurate ones: bench/bench_head_kinds.py
 ROUNDS = 8  # of planning: each one measures the units that the one before chose
 SMALL = 32 * 2**20  # bytes of caches for which a short probe will do
 
@@ -40,8 +42,12 @@ class _State(NamedTuple):
 
     settings: TrainConfig
     profile: Profile
-    measured: dict[tuple[int, int], Line]
-    upto: dict[tuple[int, int], int]
+    measured: dict[Span, Line]
+    upto: dict[Span, int]
+
+
+def _span(unit: UnitPlan) -> Span:
+    return Span(unit.first, unit.last, unit.starts)
 
 
 def _rank(plan: Plan) -> tuple[int, int, int]:
@@ -83,7 +89,7 @@ class Planner:
         )
         self._states: dict[tuple[str, int], _State] = {}
         self._given = settings
-        self._take(settings.head_kind, WIDEST)
+        self._take("deep" if settings.head == "deep" else "linear", WIDEST)
 
     def _take(self, kind: str, widest: int) -> None:
         """Heads of this kind and width from here on."""
@@ -95,36 +101,43 @@ class Planner:
     def plan(self, budget: int) -> Plan:
         """The plan whose blocks, run whole under the meter, stay below the budget minus its margin.
 
-        Wide heads are more accurate, narrow ones take fewer bytes: deep heads are the widest with which the plan has no
-        more units and no smaller batches than with narrower ones. Where the kind is ours to choose and no plan with
-        deep heads fits, linear ones are tried.
+        Where the kind of the heads is ours to choose, they are deep from three units on, if such a plan fits.
 
         Raises:
             InfeasibleBudgetError: there is none.
         """
-        kind = self._given.head_kind
-        widths = (WIDEST, WIDEST // 2) if kind == "deep" and not self._given.head_width else (WIDEST,)
+        if self._given.head == "deep":
+            return self._deep(budget)
+        self._take("linear", WIDEST)
+        linear = self._plan(budget)
+        if self._given.head == "linear" or self._given.partition == "layerwise" or len(linear.units) <= LINEAR_UNITS:
+            return linear
+        try:
+            return self._deep(budget)
+        except InfeasibleBudgetError:
+            self._take("linear", WIDEST)
+            note = "linear heads, as no plan with deep ones fits the budget"
+            return replace(linear, warnings=(*linear.warnings, note))
+
+    def _deep(self, budget: int) -> Plan:
+        """With deep heads, the widest with which the plan has no more units and no smaller batches than with narrower.
+
+        Wide heads are more accurate, narrow ones take fewer bytes.
+        """
         found: list[tuple[Plan, int]] = []
         failure: InfeasibleBudgetError | None = None
-        for widest in widths:
-            self._take(kind, widest)
+        for widest in (WIDEST,) if self._given.head_width else (WIDEST, WIDEST // 2):
+            self._take("deep", widest)
             try:
-                made = self._plan(budget)
+                found.append((self._plan(budget), widest))
             except InfeasibleBudgetError as error:
                 failure = error
-                continue
-            found.append((made, widest))
-            if len(made.units) == 1:
-                break
-        if found:
-            made, widest = min(found, key=lambda pair: _rank(pair[0]))  # the first of equals: the wider
-            self._take(kind, widest)
-            return made
-        if failure is not None and (self._given.head != "auto" or kind == "linear"):
+        if not found:
+            assert failure is not None
             raise failure
-        self._take("linear", WIDEST)
-        made = self._plan(budget)
-        return replace(made, warnings=(*made.warnings, "linear heads, as no plan with deep ones fits the budget"))
+        made, widest = min(found, key=lambda pair: _rank(pair[0]))  # the first of equals: the wider
+        self._take("deep", widest)
+        return made
 
     def _plan(self, budget: int) -> Plan:
         where = self.device or torch.device("cpu")
@@ -169,12 +182,12 @@ class Planner:
         )
 
     def _is_measured(self, unit: UnitPlan, batch: int) -> bool:
-        high = self._upto.get((unit.first, unit.last), 0)
+        high = self._upto.get(_span(unit), 0)
         return high // 2 <= batch <= high
 
     def _measure(self, unit: UnitPlan, batch: int, device: torch.device) -> None:
-        self.measured[unit.first, unit.last] = profile_unit(self.cut, unit, self.settings, batch, device)
-        self._upto[unit.first, unit.last] = batch
+        self.measured[_span(unit)] = profile_unit(self.cut, unit, self.settings, batch, device)
+        self._upto[_span(unit)] = batch
 
     def _with_tiers(self, made: Plan) -> Plan:
         """The plan with the tier of every cache decided: measured for "auto" where there is a device."""

@@ -75,9 +75,11 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 class Preprocess:
-    """Turns batches of `ImageData` into normalised, augmented float32 on the device that they are on."""
+    """Turns batches of `ImageData` into normalised, augmented images on the device that they are on."""
 
-    def __init__(self, normalisation: Normalisation, augment: str = "none", seed: int = 0) -> None:
+    def __init__(
+        self, normalisation: Normalisation, augment: str = "none", seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Chooses the augmentation.
 
         Args:
@@ -85,6 +87,7 @@ class Preprocess:
             augment: "none"; "flip", mirrored with probability 1/2; "crop-flip", also shifted by up to H // 8 pixels
                 (4 at 32, at least 1) each way, the border filled with the mean.
             seed: any integer.
+            dtype: of what comes out; everything is computed in float32.
 
         Raises:
             ConfigError: the augmentation is unknown.
@@ -94,12 +97,12 @@ class Preprocess:
             raise ConfigError(
                 f"expected augment as one of {', '.join(AUGMENTATIONS)}, found {augment!r}; did you mean {close[0]}"
             )
-        self._normalisation, self._augment, self._seed = normalisation, augment, seed
+        self._normalisation, self._augment, self._seed, self._dtype = normalisation, augment, seed, dtype
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __copy__(self) -> Preprocess:
         """The same preprocessing without the tensors that this one keeps on its devices."""
-        return Preprocess(self._normalisation, self._augment, self._seed)
+        return Preprocess(self._normalisation, self._augment, self._seed, self._dtype)
 
     def __call__(self, x: Tensor, ids: Tensor | None, *, stream: int) -> Tensor:
         """Augments and normalises one batch.
@@ -110,7 +113,7 @@ class Preprocess:
             stream: the pass over the data, such as the epoch: each sample is augmented anew in each.
 
         Returns:
-            (B, C, H, W) float32, channels_last, on x's device; of one sample, it depends on (seed, stream, id) alone.
+            (B, C, H, W), channels_last, on x's device; of one sample, it depends on (seed, stream, id) alone.
 
         Raises:
             DataError: x has other channels than the normalisation, or ids another length than x.
@@ -121,7 +124,7 @@ class Preprocess:
             raise DataError(f"expected images (B, {channels}, H, W) and ids (B,) or None, found {found}")
         if ids is None or self._augment == "none":
             return self._normalised(x)
-        draws = counter_hash(ids.to(x.device), self._seed, stream)
+        draws = counter_hash(ids.to(x.device, non_blocking=True), self._seed, stream)
         x = _flipped(x, (draws >> 48) & 1)
         if self._augment == "flip":
             return self._normalised(x)
@@ -131,7 +134,7 @@ class Preprocess:
         down, right = ((draws >> shift & 0xFFFFFF) * (2 * pad + 1) >> 24 for shift in (0, 24))
         x = windows(F.pad(x, (pad, pad, pad, pad)), down, right, height, width)  # in uint8: a quarter of the bytes
         inside = _inside(down - pad, height)[:, None, :, None] * _inside(right - pad, width)[:, None, None, :]
-        return self._normalised(x).mul_(inside)  # the border becomes the mean, 0
+        return self._normalised(x).mul_(inside.to(self._dtype))  # the border becomes the mean, 0
 
     def _normalised(self, x: Tensor) -> Tensor:
         if x.device not in self._constants:
@@ -141,9 +144,8 @@ class Preprocess:
             )
             self._constants[x.device] = (mean, std)
         mean, std = self._constants[x.device]
-        return (
-            x.to(torch.float32, copy=True, memory_format=LAYOUT).sub_(mean).div_(std)
-        )  # divided: a multiply-add would round differently on a GPU
+        images = x.to(torch.float32, copy=True, memory_format=LAYOUT)
+        return images.sub_(mean).div_(std).to(self._dtype)  # divided: a multiply-add would round differently on a GPU
 
 
 def _flipped(x: Tensor, flip: Tensor) -> Tensor:

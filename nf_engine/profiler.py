@@ -31,6 +31,7 @@ from nf_engine.errors import BudgetError
 from nf_engine.heads import WIDEST, Shape, adaptive_width, build_head, clipped, head_bytes, head_flops
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.ops import head_path
+from nf_engine.precision import compute_dtype, forward
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import (
     ENGINE_SLOTS,
@@ -103,9 +104,9 @@ def _lay_out(modules: Sequence[nn.Module]) -> None:
                 owner._parameters[name] = laid.setdefault(p, new)
 
 
-def _ones(batch: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _ones(batch: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Maps (batch, *shape) as a worker would hand them on."""
-    return torch.empty(batch, *shape, device=device, memory_format=LAYOUT).fill_(1)
+    return torch.empty(batch, *shape, dtype=dtype, device=device, memory_format=LAYOUT).fill_(1)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -125,7 +126,7 @@ def _saved(module: nn.Module, x: Tensor) -> tuple[int, bool, bool]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        h = module(x)
+        h = forward(module, x)
     for tensor in (*module.parameters(), *module.buffers()):
         found.pop(_storage(tensor), None)
     saves_input = found.pop(_storage(x), None) is not None
@@ -139,7 +140,7 @@ def _stage_bytes(module: nn.Module, x: Tensor, counter: Meter) -> dict[str, floa
     inner, saves_input, saves_output = _saved(module, x)
     base = counter.now
     counter.reset()
-    h = module(x)
+    h = forward(module, x)
     size = h.untyped_storage().nbytes()
     dh = torch.ones_like(h)
     if h.requires_grad:
@@ -153,7 +154,7 @@ def _stage_bytes(module: nn.Module, x: Tensor, counter: Meter) -> dict[str, floa
     counter.reset()
     base = counter.now
     with torch.no_grad():
-        module(x)
+        forward(module, x)
     return {
         "inner": inner,
         "saves_input": float(saves_input),
@@ -199,7 +200,7 @@ def head_specs(cut: Cut, config: TrainConfig, flops: Sequence[int], widest: int 
     total = sum(flops) + flops_of(cut.classifier, _chw(cut.stages[-1].output_shape))
     for stage in cut.stages[:-1]:
         shape = _chw(stage.output_shape)
-        spec = HeadSpec(config.head_kind, config.head_pool)
+        spec = HeadSpec("deep" if config.head == "deep" else "linear", config.head_pool)
         if spec.kind == "deep":
             spec = replace(spec, depth=config.head_depth)
             width = config.head_width or adaptive_width(spec, shape, cut.classes, total, parameters, widest)
@@ -253,15 +254,16 @@ def _profile_head(
     head = make_head(cut, spec, stage, config)
     shape = _chw(cut.stages[stage].output_shape)
     where = device if device.type == "cuda" else torch.device("cpu")
-    path = "autograd" if spec.kind == "classifier" else head_path(where).name
+    dtype = compute_dtype(config)
+    path = "autograd" if spec.kind == "classifier" else head_path(where, dtype).name
     with _copies([head], device) as (copies, counter):
         optimizer = _optimizer_state(copies[0], config)
         if path != "autograd":  # closed forms, which a test holds to the meter; units are measured whole later
-            peaks = [float(head_bytes(spec, shape, cut.classes, b, path=path)) for b in batches]
+            peaks = [float(head_bytes(spec, shape, cut.classes, b, dtype.itemsize, path)) for b in batches]
         else:
 
             def peak(batch: int) -> float:
-                h = _ones(batch, shape, where)
+                h = _ones(batch, shape, where, dtype)
                 return _head_peak(copies[0], h, torch.zeros(batch, dtype=torch.int64, device=where), counter)
 
             peaks = _while_memory_lasts(peak, batches, cut.stages[stage].name, device)
@@ -305,7 +307,7 @@ def _profile_stage(
     with _copies([stage.module], device) as (copies, counter):
 
         def point(batch: int) -> dict[str, float]:
-            x = _ones(batch, shape, where).requires_grad_(number > 0)
+            x = _ones(batch, shape, where, compute_dtype(config)).requires_grad_(number > 0)
             p = _stage_bytes(copies[0], x, counter)
             size = x.untyped_storage().nbytes()
             own_input = size if p["saves_input"] and not before_keeps else 0
@@ -328,7 +330,7 @@ def _profile_stage(
     record = StageProfile(
         name=stage.name,
         output_shape=stage.output_shape,
-        output=4 * math.prod(stage.output_shape),
+        output=compute_dtype(config).itemsize * math.prod(stage.output_shape),
         parameters=sum(p.numel() for p in module.parameters()),
         weights=tensor_bytes([*module.parameters(), *module.buffers()]),
         gradients=tensor_bytes(trained),
@@ -414,7 +416,7 @@ def profile_stages(
         augment=config.augment,
         input_shape=cut.input_shape,
         classes=cut.classes,
-        input=4 * math.prod(cut.input_shape),
+        input=compute_dtype(config).itemsize * math.prod(cut.input_shape),
         batch_sizes=tuple(batch_sizes),
         loading=_loading(cut, preprocess, uint8, batch_sizes, where),
         stages=tuple(stages),
@@ -444,17 +446,18 @@ def _with_seconds(
         head = placed(head, device)
         times: dict[str, list[float]] = {"train": [], "forward": [], "head": []}
         for batch in sizes:
-            x = torch.rand(batch, *shape, device=device).contiguous(memory_format=LAYOUT).requires_grad_(number > 0)
+            x = torch.rand(batch, *shape, device=device).to(compute_dtype(config), memory_format=LAYOUT)
+            x.requires_grad_(number > 0)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             with torch.no_grad():
-                h = body.train()(x)
+                h = forward(body.train(), x)
             dh = torch.rand_like(h)
             head.train()
             times["train"].append(seconds_of(partial(_forward_backward, body, x, dh), device))
             times["head"].append(seconds_of(partial(_head_step, head, h, labels), device))
             body.eval()
             with torch.no_grad():
-                times["forward"].append(seconds_of(partial(body, x), device))
+                times["forward"].append(seconds_of(partial(forward, body, x), device))
     lines = {k: fit(sizes, v) for k, v in times.items()}
     return replace(
         stage,
@@ -469,7 +472,7 @@ def _head_step(head: nn.Module, h: Tensor, labels: Tensor) -> None:
 
 
 def _forward_backward(body: nn.Module, x: Tensor, dh: Tensor) -> None:
-    h = body(x)
+    h = forward(body, x)
     if h.requires_grad:
         torch.autograd.backward(h, dh)
     for p in body.parameters():
@@ -515,15 +518,16 @@ def profile_unit(cut: Cut, unit: UnitPlan, config: TrainConfig, batch: int, devi
     sizes = (max(1, batch // 2), batch) if batch > 1 else (1,)
     peaks = []
     with _copies([*modules, head], device) as (copies, counter):
-        work = Unit("unit", copies[:-1], copies[-1])
-        work.optimizer = make_optimizer(work.parameters(), config)
+        work = Unit("unit", copies[:-1], copies[-1], [s - unit.first for s in unit.starts])
+        work.prepare(config)
+        assert work.optimizer is not None
         _first_update(work.optimizer)
         work.body.train()
         work.head.train()
         for size in sizes:
             base = counter.now
             counter.reset()
-            x = _ones(size, shape, where)
+            x = _ones(size, shape, where, compute_dtype(config))
             h, loss = local_step(work, x, torch.zeros(size, dtype=torch.int64, device=where))
             peaks.append(counter.peak - base)
             del x, h, loss
@@ -567,7 +571,7 @@ def block_peak(
     kind = torch.uint8 if uint8 else torch.float32
     preprocess = copy.copy(preprocess)
     shape = cut.stages[first - 1].output_shape if first else cut.input_shape
-    dtype = config.stored_dtype
+    dtype, computed = config.stored_dtype, compute_dtype(config)
     after = make_codec(dtype, cut.stages[last].output_shape, channels_last=True)
     with _copies([*modules, *heads, *frozen], device) as (copies, counter):
         bodies, ready = copies[: len(modules)], copies[len(modules) : len(modules) + len(heads)]
@@ -578,16 +582,16 @@ def block_peak(
             return torch.ones(ENGINE_SLOTS, block.batch, size, dtype=torch.uint8, device=where)
 
         staging = slots(after.sample_bytes) if together else None
-        # On the CPU a cache that holds float32 hands out its own memory.
-        loose = _ones(block.batch, shape, where) if together and dtype == "fp32" else None
+        # On the CPU a cache that holds the compute dtype hands out its own memory.
+        loose = _ones(block.batch, shape, where, computed) if together and dtype == config.compute_dtype else None
         base = counter.now
         counter.reset()
         units = [
-            Unit("unit", bodies[u.first - first : u.last + 1 - first], head)
+            Unit("unit", bodies[u.first - first : u.last + 1 - first], head, [s - u.first for s in u.starts])
             for u, head in zip(block.units, ready, strict=True)
         ]
         for unit in units:
-            unit.optimizer = make_optimizer(unit.parameters(), config)
+            unit.prepare(config)
             unit.body.train()
             unit.head.train()
 
@@ -608,8 +612,11 @@ def block_peak(
             ring = slots(stored_bytes(shape, dtype)) if cached and not together else None
             buffer = loose
             if buffer is None:
-                buffer = _ones(block.batch, shape, where) if cached else None
+                buffer = _ones(block.batch, shape, where, computed) if cached else None
             for _ in range(count):
+                if cached and dtype == "u8" and computed != torch.float32:  # values are float32 before they are rounded
+                    values = make_codec(dtype, _chw(shape), channels_last=True).transient_bytes(block.batch)
+                    torch.empty(values, dtype=torch.uint8, device=where)
                 yield (
                     (buffer if cached and buffer is not None else inputs()),
                     torch.zeros(block.batch, dtype=torch.int64, device=where),

@@ -151,6 +151,7 @@ class Bar(Lines):
         )
 
     def block_started(self, number: int, block: BlockPlan) -> None:
+        self.close()  # of a block that starts again
         super().block_started(number, block)
         self._task = self._bar.add_task(self._block(number))
         self._bar.start()

@@ -7,6 +7,7 @@ suffix. This module imports no torch, so plans can be made, read and printed wit
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -203,13 +204,15 @@ class Profile(Record):
 @dataclass(frozen=True, slots=True)
 class UnitPlan(Record):
     """One unit: stages first..last (inclusive), its head and the path of the head's step (as in HeadProfile), and the
-    predicted peak of its step at the block's batch."""
+    predicted peak of its step at the block's batch. starts: stages at which its segments after the first begin; all
+    segments but the last run again in backward; empty where none does."""
 
     first: int
     last: int
     head: HeadSpec
     path: str
     peak: int
+    starts: tuple[int, ...] = ()
 
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -332,6 +335,9 @@ class Plan(Record):
     def units(self) -> tuple[UnitPlan, ...]:
         return tuple(u for b in self.blocks for u in b.units)
 
+    def _names(self, first: int, last: int) -> str:
+        return self.stages[first] + ("" if first == last else f" .. {self.stages[last]}")
+
     def table(self) -> str:
         """The plan as text: one row a unit, then budget, peak and the bounds."""
         rows = [
@@ -340,7 +346,7 @@ class Plan(Record):
         number = 0
         for k, block in enumerate(self.blocks):
             for u, unit in enumerate(block.units):
-                names = self.stages[unit.first] + ("" if unit.first == unit.last else f" .. {self.stages[unit.last]}")
+                names = self._names(unit.first, unit.last)
                 head = unit.head.kind + (f" {unit.head.width}" if unit.head.width else "")
                 row = f"{k if u == 0 else '':<6}{number:<5}{names:<34}{head:<12}{unit.path:<10}"
                 if u == 0:
@@ -357,6 +363,14 @@ class Plan(Record):
             f"checkpointed {format_bytes(bounds.checkpointed)}, this plan {format_bytes(bounds.plan)}; "
             f"lower bound (largest stage at batch 1) {format_bytes(bounds.lower)}"
         )
+        if self.epoch_seconds is not None:
+            rows.append(f"an epoch of every block: {self.epoch_seconds:.3g} s of computing predicted")
+        for number, unit in enumerate(self.units):
+            if not unit.starts:
+                continue
+            edges = (unit.first, *unit.starts)
+            again = ", ".join(self._names(a, b - 1) for a, b in itertools.pairwise(edges))
+            rows.append(f"note: unit {number} runs {again} again in its backward")
         rows.extend(f"note: {w}" for w in self.warnings)
         return "\n".join(rows)
 

@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nf_engine.codec import make_codec
+from nf_engine.codec import DTYPES, make_codec
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
 from nf_engine.device import LAYOUT, TensorBytes, watched
 from nf_engine.errors import NonFiniteError
 from nf_engine.local_step import Unit, train_block
+from nf_engine.precision import forward
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import WINDOW, BlockPlan
+from nf_engine.step_graph import Recorder, StepGraph
 from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
 
 
@@ -54,7 +56,7 @@ class Inputs(Protocol):
     def samples(self) -> int: ...  # of one copy
 
     def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """samples // batch full batches of an epoch, in a random order."""
+        """samples // batch full batches of an epoch, in a random order; each is the reader's to overwrite."""
         ...
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
@@ -134,16 +136,16 @@ def forward_prefix(
 ) -> Tensor:
     """Frozen stages over `count` samples, `size` at a time, rounded as a cache of that dtype would: (count, C, H, W).
 
-    load(start) gives the preprocessed images from `start` on.
+    load(start) gives the preprocessed images from `start` on; the result is of their dtype.
     """
     out: Tensor | None = None
     with torch.no_grad():
         for start in range(0, count, size):
             h = load(start)
             for stage in prefix:
-                h = stage(h)
+                h = forward(stage, h)
             if out is None:
-                out = torch.empty((count, *h.shape[1:]), dtype=torch.float32, device=h.device, memory_format=LAYOUT)
+                out = torch.empty((count, *h.shape[1:]), dtype=h.dtype, device=h.device, memory_format=LAYOUT)
             round_as_stored(h, out[start : start + size], dtype)
             del h
     assert out is not None
@@ -152,7 +154,7 @@ def forward_prefix(
 
 def round_as_stored(h: Tensor, out: Tensor, dtype: str) -> None:
     """out = h (N, C, H, W) as it comes back from a cache of that dtype."""
-    if dtype == "fp32":
+    if DTYPES.get(dtype) in (h.dtype, torch.float32):  # nothing is rounded
         out.copy_(h)
         return
     codec = make_codec(dtype, tuple(h.shape[1:]), channels_last=True)
@@ -171,7 +173,7 @@ def pass_key(seed: int, block: int, number: int) -> int:
 
 @dataclass
 class CacheInputs:
-    """A finished cache as the inputs of a block. A pass over V copies is V epochs."""
+    """A finished cache as the inputs of a block, in `dtype`. A pass over V copies is V epochs."""
 
     cache: ActivationCache
     seed: int
@@ -180,6 +182,7 @@ class CacheInputs:
     copies: int
     order: NDArray[np.int64]  # ids as stored
     window: int = WINDOW
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self._pass: Iterator[tuple[Tensor, Tensor]] = iter(())
@@ -190,9 +193,13 @@ class CacheInputs:
     def positions(self, key: int) -> NDArray[np.int64]:
         return sample_order(key, len(self.order), self.cache.geometry, self.window)
 
-    def close(self) -> None:
-        """Ends a pass that was not read to its end, and closes the cache."""
+    def rewind(self) -> None:
+        """Ends a pass that was not read to its end, with the memory that it holds."""
         self._pass = iter(())
+
+    def close(self) -> None:
+        """Rewinds, and closes the cache."""
+        self.rewind()
         self.cache.close()
 
     def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -210,7 +217,12 @@ class CacheInputs:
 
     def _batches(self, batch: int, key: int | None, drop_last: bool = False) -> Iterator[Batch]:
         read = self.cache.batches(
-            0, batch, key=0 if key is None else key, drop_last=drop_last, window_bytes=self.window
+            0,
+            batch,
+            key=0 if key is None else key,
+            drop_last=drop_last,
+            out_dtype=self.dtype,
+            window_bytes=self.window,
         )
         for b in read:
             yield Batch(b.x, b.labels, b.ids, b.copies)
@@ -245,8 +257,12 @@ def train_epochs(
     block: int = 0,
     on_step: Callable[[int, int], None] | None = None,
     counter: TensorBytes | None = None,
+    recorder: Recorder | None = None,
 ) -> None:
     """Trains all units of a block for the configured epochs.
+
+    Args:
+        recorder: of the step as a whole; None: every step is eager. Its last recording is the caller's to release.
 
     Raises:
         NonFiniteError: a local loss is NaN or infinite at the end of an epoch; names block, unit and epoch.
@@ -254,32 +270,39 @@ def train_epochs(
     per_epoch = inputs.samples // plan.batch
     steps = per_epoch * config.epochs
     warmup = round(per_epoch * min(config.warmup_epochs, config.epochs / 2))
+    losses = torch.zeros(len(units), dtype=torch.float32, device=device)
+    graph = StepGraph(units, losses, recorder) if recorder is not None else None
     for unit in units:
         unit.body.train()
         unit.head.train()
-    for epoch in range(config.epochs):
-        started = time.perf_counter()
-        losses = torch.zeros(len(units), dtype=torch.float32, device=device)
 
-        def batches(epoch: int = epoch) -> Iterator[tuple[Tensor, Tensor]]:
-            source = watched(inputs.train(epoch, plan.batch), counter if epoch < 2 else None)
-            for k in range(per_epoch):
-                rate = learning_rate(epoch * per_epoch + k, steps, warmup, plan.lr)
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        source = watched(inputs.train(epoch, plan.batch), counter if epoch < 2 else None)
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            rate = learning_rate(step, steps, warmup, plan.lr)
+            if graph is not None:
+                graph.rate.fill_(rate)
+            else:
                 for unit in units:
                     set_rate(unit, rate)
-                if on_step is not None:
-                    on_step(epoch * per_epoch + k, steps)
-                yield next(source)
-            source.close()
+            if on_step is not None:
+                on_step(step, steps)
+            yield next(source)
+        source.close()
 
-        done = train_block(units, batches(), losses)
-        means = tuple((losses / max(1, done)).tolist())
+    for epoch in range(config.epochs):
+        started = time.perf_counter()
+        losses.zero_()
+        done = train_block(units, batches(epoch), losses, graph)
+        means = tuple((losses / max(1, done)).tolist())  # the only wait for the device in an epoch
         for unit, mean in zip(units, means, strict=True):
             if not math.isfinite(mean):
                 raise NonFiniteError(
                     f"block {block}, unit {unit.name}, epoch {epoch}: the local loss is {mean}; "
                     f"lower lr (the block trains at {plan.lr:.4g}) or raise warmup_epochs"
                 )
+        if graph is not None:
+            graph.end_epoch()
         report(EpochReport(block, epoch, means, done * plan.batch, time.perf_counter() - started))
 
 

@@ -16,13 +16,14 @@ TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACK
 KERNELS = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "kernels").glob("*.py")}
 
 # Any module may also import these.
-COMMON = {"errors", "records", "config", "device"}
+COMMON = {"errors", "records", "config", "device", "precision"}
 # What each module may import beside them, lowest first: a new edge is a decision, so it is made here, too.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "records": set(),
     "device": set(),
+    "precision": set(),
     "datafiles": set(),
     "preprocess": set(),
     "data": {"datafiles", "preprocess"},
@@ -33,24 +34,41 @@ ALLOWED: dict[str, set[str]] = {
     "fused": {"kernels", "reference"},
     "ops": {"fused", "reference"},
     "heads": {"ops", "reference"},
-    "local_step": {"heads"},
+    "recompute": set(),
+    "local_step": {"heads", "ops", "recompute"},
     "tiers": set(),
-    "partitioner": {"tiers"},
+    "costs": set(),
+    "partitioner": {"costs", "tiers"},
     "run_folder": {"_cache"},
     "codec": set(),
     "cache_format": {"_cache"},
     "disk_tier": {"_cache", "cache_format", "codec"},
     "memory_tier": {"_cache", "cache_format", "codec"},
     "storage": {"_cache", "cache_format", "codec", "disk_tier", "memory_tier"},
-    "worker": {"codec", "data", "local_step", "preprocess", "storage"},
+    "step_graph": {"local_step"},
+    "recovery": set(),
+    "worker": {"codec", "data", "local_step", "preprocess", "step_graph", "storage"},
     "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
     "tier_probe": {"cache_format", "profiler", "storage"},
-    "planner": {"heads", "partitioner", "preprocess", "profiler", "stages", "tier_probe", "tiers", "worker"},
-    "controller": {"data", "local_step", "preprocess", "run_folder", "stages", "storage", "tiers", "worker"},
+    "planner": {"costs", "heads", "partitioner", "preprocess", "profiler", "stages", "tier_probe", "tiers", "worker"},
+    "controller": {
+        *("data", "local_step", "partitioner", "preprocess", "recovery", "run_folder", "stages", "step_graph"),
+        *("storage", "tiers", "worker"),
+    },
     "progress": set(),
     "exits": {"data", "preprocess"},
     "export": {"exits", "heads", "models", "preprocess", "run_folder", "stages"},
-    "compare": {"data", "local_step", "partitioner", "preprocess", "stages", "worker"},
+    "compare": {
+        "data",
+        "local_step",
+        "partitioner",
+        "precision",
+        "preprocess",
+        "recompute",
+        "stages",
+        "step_graph",
+        "worker",
+    },
     "engine": {
         *("controller", "data", "exits", "models", "partitioner", "planner", "preprocess", "profiler", "progress"),
         *("run_folder", "stages", "worker"),
@@ -60,8 +78,14 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": set(),  # loads engine, exits and export by name, at first use
 }
-COMMON_IN_COMMON = {"errors": set(), "config": {"errors"}, "records": {"errors"}, "device": {"config", "errors"}}
-NO_TORCH = ("errors", "config", "records", "tiers", "partitioner", "cli", "__init__", "__main__", "datafiles",
+COMMON_IN_COMMON = {
+    "errors": set(),
+    "config": {"errors"},
+    "records": {"errors"},
+    "device": {"config", "errors"},
+    "precision": {"config"},
+}
+NO_TORCH = ("errors", "config", "records", "tiers", "costs", "partitioner", "cli", "__init__", "__main__", "datafiles",
             "progress")  # fmt: skip
 CODE_IN_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "ctypes"}
 

@@ -34,7 +34,8 @@ NUMBERS = {
     "max_drop": (float, 0, 1),
     "io_timeout": (float, 1, None),
 }
-OTHER = {"memory_budget", "max_cache_bytes", "pinned_bytes", "durable_cache", "split_points", "head_pool"}
+FLAGS = ("recompute", "durable_cache")
+OTHER = {"memory_budget", "max_cache_bytes", "pinned_bytes", "split_points", "head_pool", *FLAGS}
 
 
 def refused(**fields):
@@ -138,16 +139,23 @@ def test_the_bound_of_pinned_memory_is_bytes():
         )
 
 
-def test_whether_a_cache_is_durable_is_yes_or_no():
-    assert [TrainConfig(durable_cache=v).durable_cache for v in (True, False)] == [True, False]
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_is_true_or_false(name):
+    assert [getattr(TrainConfig(**{name: v}), name) for v in (True, False)] == [True, False]
     for value in (1, 0, None, "true"):
-        assert refused(durable_cache=value) == f"durable_cache must be true or false, got {value!r}"
+        assert refused(**{name: value}) == f"{name} must be true or false, got {value!r}"
 
 
 def test_what_caches_hold_follows_from_the_setting():
     held = {name: TrainConfig(cache_dtype=name).stored_dtype for name in CHOICES["cache_dtype"]}
     assert held == {"auto": "fp16", "exact": "fp32", "fp16": "fp16", "bf16": "bf16", "u8": "u8"}
-    assert TrainConfig().cache_dtype == "auto"
+    for precision, computed, auto in (("bf16-mixed", "bf16", "bf16"), ("16-mixed", "fp16", "fp16")):
+        config = TrainConfig(precision=precision)
+        assert (config.compute_dtype, config.stored_dtype) == (computed, auto)
+        assert config.with_fields({"cache_dtype": "exact"}).stored_dtype == computed
+        assert config.with_fields({"cache_dtype": "u8"}).stored_dtype == "u8"
+    plain = TrainConfig()
+    assert (plain.precision, plain.compute_dtype, plain.cache_dtype) == ("32-true", "fp32", "auto")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,7 @@ def test_what_is_not_bytes_is_refused_by_its_name(value):
 def test_an_unknown_setting_names_the_closest_one():
     with pytest.raises(ConfigError, match=r"^unknown setting 'memory_buget'; did you mean memory_budget\?$"):
         TrainConfig().with_fields({"memory_buget": 1})
-    with pytest.raises(ConfigError, match=r"^unknown setting 'zzz'; known: memory_budget, .*, device$"):
+    with pytest.raises(ConfigError, match=r"^unknown setting 'zzz'; known: memory_budget, .*, precision$"):
         TrainConfig().with_fields({"zzz": 1})
 
 
@@ -224,7 +232,7 @@ VALID = st.fixed_dictionaries(
         "momentum": share(),
         "max_cache_bytes": st.one_of(st.none(), st.integers(0, 2**62), st.just("7GiB")),
         "pinned_bytes": st.one_of(st.integers(0, 2**62), st.just("1GiB")),
-        "durable_cache": st.booleans(),
+        **{name: st.booleans() for name in FLAGS},
         "io_timeout": st.floats(1, allow_infinity=False),
         "seed": st.integers(0, 2**64),
         **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},

@@ -84,13 +84,25 @@ def run(digits, folder, **fields):
     return nf_engine.train(build("vgg11", width=0.125), digits[0], digits[1], output_dir=folder / "run", **options)
 
 
+def test_a_plan_that_runs_stages_twice_trains_bit_for_bit_as_the_one_that_need_not(digits, tmp_path):
+    free = run(digits, tmp_path / "free", memory_budget="64MiB", augment="crop-flip", batch_size=64)
+    tight = {"memory_budget": int(0.97 * free.plan.bounds.backpropagation), "prefer": "accuracy"}
+    runs = [free, run(digits, tmp_path / "tight", **tight, augment="crop-flip", batch_size=64)]
+    assert [[len(u.starts) > 0 for u in r.plan.units] for r in runs] == [[False], [True]]
+    assert runs[1].memory[0].allocated <= tight["memory_budget"] < free.memory[0].allocated
+    weights = [r.model.state_dict() for r in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert runs[0].history[-1]["train/loss"] == runs[1].history[-1]["train/loss"]
+
+
 @pytest.mark.parametrize("strategy", ["windows", "layerwise"])
 def test_a_users_own_network_learns_from_their_dataset(tmp_path, strategy):
     torch.manual_seed(0)
     network = UsersNet()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     budget = {"windows": 5 * 2**19, "layerwise": 3 * 2**20}[strategy]
-    fields = {"memory_budget": budget, "partition": strategy, "epochs": 3, "batch_size": 24, "head_pool": 2}
+    fields = {"memory_budget": budget, "partition": strategy, "epochs": 3, "batch_size": 24, "head_pool": 2,
+              "recompute": False}  # fmt: skip
     result = nf_engine.train(network, UsersData(), output_dir=tmp_path / "run", **fields, **QUIET)
     assert len(result.plan.units) > 1, "the budget is below what backpropagation needs"
     assert strategy == "layerwise" or result.plan.bounds.backpropagation > 0.95 * budget

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import nf_engine
-from nf_engine.data import load_split
+from nf_engine.config import TrainConfig
+from nf_engine.data import as_image_data, load_split
+from nf_engine.device import capped, placed, room_bytes
 from nf_engine.errors import NonFiniteError
+from nf_engine.heads import AuxiliaryHead, ModuleHead
+from nf_engine.local_step import Unit, train_block
 from nf_engine.models import build
+from nf_engine.precision import compute_dtype
+from nf_engine.preprocess import Normalisation, Preprocess
+from nf_engine.records import HeadSpec
+from nf_engine.recovery import asked_bytes
+from nf_engine.step_graph import WARM_UP, CudaRecorder, StepGraph
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions, cuda_status, engine_report, sample_order
+from nf_engine.worker import ImageInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,3 +135,114 @@ def test_profiling_leaves_the_devices_random_state_alone():
     expected = torch.cuda.get_rng_state()
     nf_engine.profile(build("vgg11", width=0.25), (3, 32, 32), device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), expected)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def units_of(config):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1))
+    second = nn.Sequential(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+    classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    units = [
+        Unit("first", [first], AuxiliaryHead(HeadSpec("deep", 2, width=32, depth=1), 32, 32, 32, 10, seed=1)),
+        Unit("second", [second], ModuleHead(classifier)),
+    ]
+    for unit in units:
+        for module in unit.modules():
+            placed(module, CUDA).train()
+        unit.prepare(config)
+    return units
+
+
+def images_of(dtype=torch.float32, samples=32 * 12):
+    draw = np.random.default_rng(0)
+    data = as_image_data((draw.integers(0, 256, (samples, 3, 32, 32), np.uint8), np.arange(samples) % 10))
+    plain = Preprocess(Normalisation((120.0,) * 3, (60.0,) * 3), "crop-flip", 0, dtype)
+    return ImageInputs(data, plain, CUDA, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch, optimizer, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    config = TrainConfig(optimizer=optimizer, precision=precision)
+    found = {}
+    for switch in ("on", "off"):
+        monkeypatch.setenv("NF_GRAPHS", switch)
+        notes = []
+        with capped(CUDA, 2**30):
+            units, losses = units_of(config), torch.zeros(2, device=CUDA)
+            recorder = CudaRecorder(CUDA, notes.append)
+            graph = StepGraph(units, losses, recorder)
+            torch.manual_seed(1)
+            for k, batch in enumerate(images_of(compute_dtype(config)).train(0, 32)):
+                graph.rate.fill_(0.1 / (k + 1))
+                train_block(units, [batch], losses, graph)
+            found[switch] = [t.detach().cpu() for u in units for t in u.tensors()] + [losses.cpu()]
+            recorder.release()
+        assert len(notes) == (switch == "off"), notes
+    assert all(torch.equal(a, b) for a, b in zip(found["on"], found["off"], strict=True))
+
+
+def test_no_step_waits_for_the_device():
+    units, losses = units_of(TrainConfig()), torch.zeros(2, device=CUDA)
+    with capped(CUDA, 2**30):
+        recorder = CudaRecorder(CUDA, pytest.fail)
+        graph = StepGraph(units, losses, recorder)
+        for replay in (graph, None):
+            source = images_of().train(0, 32)
+            train_block(units, itertools.islice(source, WARM_UP + 1), losses, replay)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                assert train_block(units, source, losses, replay) == 12 - WARM_UP - 1
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        recorder.release()
+
+
+def test_the_allocator_keeps_the_cap_and_loses_it_afterwards():
+    budget = 64 * 2**20
+    before = torch.cuda.get_per_process_memory_fraction(CUDA)
+    with capped(CUDA, budget) as cap:
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        kept = torch.empty(budget // 2, dtype=torch.uint8, device=CUDA)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            torch.empty(budget, dtype=torch.uint8, device=CUDA)
+        assert asked_bytes(error.value) == budget
+        assert torch.cuda.max_memory_reserved(CUDA) <= cap.reserved == budget + cap.held
+        assert room_bytes(CUDA) <= budget // 2
+        del kept
+    assert torch.cuda.get_per_process_memory_fraction(CUDA) == before
+    torch.empty(2 * budget, dtype=torch.uint8, device=CUDA)
+
+
+def test_a_graph_that_cannot_be_recorded_is_left_for_eager_steps():
+    class Waits(nn.Module):
+        def forward(self, x):
+            return x * (2.0 if x.sum().item() > -1e9 else 1.0)
+
+    units, losses, notes = units_of(TrainConfig()), torch.zeros(2, device=CUDA), []
+    units[0].body.append(Waits())
+    with capped(CUDA, 2**30):
+        graph = StepGraph(units, losses, CudaRecorder(CUDA, notes.append))
+        assert train_block(units, images_of().train(0, 32), losses, graph) == 12
+        assert torch.isfinite(losses).all()
+    assert len(notes) == 1
+    assert "captur" in notes[0]
+
+
+def test_a_block_that_does_not_fit_its_cap_is_trained_with_a_smaller_batch(tmp_path):
+    train, test = load_split("synthetic:2400")
+    fields = {"epochs": 1, "device": "cuda", "progress": "none", "batch_size": 512, "partition": "windows"}
+    wide = nf_engine.train(
+        build("vgg11", width=0.5), train, test, memory_budget="4GiB", output_dir=tmp_path / "wide", **fields
+    )
+    budget = int(0.8 * max(m.reserved for m in wide.memory))
+    lie = replace(wide.plan, budget=budget)
+    tight = nf_engine.train(build("vgg11", width=0.5), train, test, plan=lie, output_dir=tmp_path / "tight", **fields)
+    assert min(b.batch for b in tight.plan.blocks) < 512
+    assert all(m.reserved <= budget for m in tight.memory)
+    events = [json.loads(line)["event"] for line in (tmp_path / "tight" / "log.jsonl").read_text().splitlines()]
+    assert "out_of_memory" in events

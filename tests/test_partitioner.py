@@ -10,15 +10,9 @@ import pytest
 
 from nf_engine.cache_format import CacheGeometry
 from nf_engine.config import TrainConfig
+from nf_engine.costs import Costs, Span, checkpointed_peak
 from nf_engine.errors import ConfigError, InfeasibleBudgetError
-from nf_engine.partitioner import (
-    MIN_STEPS,
-    Costs,
-    checkpointed_peak,
-    forward_batch,
-    partition,
-    scaled_lr,
-)
+from nf_engine.partitioner import MIN_STEPS, SLOWER, forward_batch, partition, scaled_lr
 from nf_engine.records import CachePlan, HeadProfile, HeadSpec, Line, Plan, Profile, StageProfile, TierProbe
 from nf_engine.tiers import SlowDisk, choose_again, choose_tier, chunk_of, held_bytes, mixing
 
@@ -72,27 +66,34 @@ def random_profile(seed, count):
     )
 
 
-def unit_bytes_by_hand(stages, i, j, b):
-    """The docstring's three moments of a step, written out again: head, backward of each stage, optimizer."""
+def unit_bytes_by_hand(profile, unit, b):
+    """The docstring's three moments of a step, written out again: head, backward of each stage, optimizer.
+
+    unit: (first, last, starts); a stage's backward sees what its own segment keeps, and the inputs of those before it.
+    """
+    (i, j, starts), stages = (*unit, ())[:3], profile.stages
     part, last = stages[i : j + 1], stages[j]
-    entry = part[0].input.per_sample * b
-    all_kept = sum(s.kept.per_sample for s in part) * b
-    moments = [entry + all_kept + last.head.transient.per_sample * b]
-    for k in range(i, j + 1):
-        kept = sum(s.kept.per_sample for s in stages[i : k + 1]) * b
-        later = sum(s.gradients for s in stages[k + 1 : j + 1]) + last.head.gradients
-        waiting = 0 if k == j else 2 * last.output * b
-        moments.append(entry + kept + stages[k].transient.per_sample * b + later + waiting)
-    moments.append(entry + sum(s.gradients for s in part) + last.head.gradients + last.output * b)
+    edges = [i, *starts, j + 1]
+    moments = [part[0].input.per_sample * b + sum(s.gradients for s in part) + last.head.gradients + last.output * b]
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
+        entry = stages[start].input.per_sample * b
+        entry += sum((stages[s - 1].output if s else profile.input) * b for s in edges[:number])
+        for k in range(start, end):
+            kept = sum(s.kept.per_sample for s in stages[start : k + 1]) * b
+            later = sum(s.gradients for s in stages[k + 1 : j + 1]) + last.head.gradients
+            waiting = 0 if k == j else 2 * last.output * b
+            moments.append(entry + kept + stages[k].transient.per_sample * b + later + waiting)
+    all_kept = sum(s.kept.per_sample for s in stages[edges[-2] : j + 1]) * b
+    moments.append(entry + all_kept + last.head.transient.per_sample * b)
     return max(moments)
 
 
 def block_bytes_by_hand(profile, units, b):
     stages = profile.stages
-    fixed = sum(s.weights + s.optimizer for i, j in units for s in stages[i : j + 1])
-    fixed += sum(stages[j].head.weights + stages[j].head.optimizer for _, j in units)
+    fixed = sum(s.weights + s.optimizer for i, j, *_ in units for s in stages[i : j + 1])
+    fixed += sum(stages[u[1]].head.weights + stages[u[1]].head.optimizer for u in units)
     first, last = units[0][0], units[-1][1]
-    peaks = [unit_bytes_by_hand(stages, i, j, b) for i, j in units]
+    peaks = [unit_bytes_by_hand(profile, u, b) for u in units]
     if first:
         slots = 2 * b * (stages[first - 1].output // 2)  # two batches as stored, in fp16
         peaks = [p + slots + (stages[first - 1].output * b if k else 0) for k, p in enumerate(peaks)]
@@ -111,22 +112,35 @@ def all_partitions(count):
             yield [tuple(units[a:b]) for a, b in itertools.pairwise(at)]
 
 
+def all_recomputations(blocks):
+    """Every way to cut each unit of some blocks into segments."""
+    units = [u for b in blocks for u in b]
+    ways = [[s for n in range(j - i + 1) for s in itertools.combinations(range(i + 1, j + 1), n)] for i, j in units]
+    for chosen in itertools.product(*ways):
+        spans = iter((i, j, starts) for (i, j), starts in zip(units, chosen, strict=True))
+        yield [tuple(next(spans) for _ in b) for b in blocks]
+
+
 def shape_of(plan):
     return [tuple((u.first, u.last) for u in b.units) for b in plan.blocks]
+
+
+def spans_of(plan):
+    return [tuple((u.first, u.last, u.starts) for u in b.units) for b in plan.blocks]
 
 
 @pytest.mark.parametrize("seed", range(250))
 def test_windows_equals_brute_force(seed):
     count = 2 + seed % 4
     profile = random_profile(seed, count)
-    config = TrainConfig(batch_size=64, max_units=count, memory_margin=0.0)
+    config = TrainConfig(batch_size=64, max_units=count, memory_margin=0.0, recompute=False)
     whole = block_bytes_by_hand(profile, [(0, count - 1)], 64)
     budget = int(whole * random.Random(seed).uniform(0.4, 1.1))
 
     def key(blocks):
         units = [u for b in blocks for u in b]
         stored = sum(profile.stages[b[-1][1]].output // 2 * SAMPLES for b in blocks[:-1])
-        heads = sum(profile.stages[j].head.seconds.per_sample * 64 for _, j in units)
+        heads = sum(profile.stages[j].head.seconds.per_sample for _, j in units) + count * 1e-3
         return len(units), stored, heads, max(block_bytes_by_hand(profile, b, 64) for b in blocks)
 
     keys = [key(b) for b in all_partitions(count)]
@@ -138,6 +152,42 @@ def test_windows_equals_brute_force(seed):
     plan = partition(profile, config, budget=budget, samples=SAMPLES)
     assert key(shape_of(plan)) == pytest.approx(min(feasible))
     assert plan.peak == round(min(feasible)[3])
+
+
+@pytest.mark.parametrize("prefer", ["speed", "accuracy"])
+@pytest.mark.parametrize("seed", range(250))
+def test_windows_that_recompute_equal_brute_force(seed, prefer):
+    count = 2 + seed % 4
+    profile = random_profile(seed, count)
+    config = TrainConfig(batch_size=64, max_units=count, memory_margin=0.0, prefer=prefer)
+    whole = block_bytes_by_hand(profile, [(0, count - 1)], 64)
+    budget = int(whole * random.Random(seed).uniform(0.4, 1.1))
+
+    def key(blocks):
+        units = [u for b in blocks for u in b]
+        stored = sum(profile.stages[b[-1][1]].output // 2 * SAMPLES for b in blocks[:-1])
+        seconds = count * 1e-3 + 1e-6 * len(units)
+        seconds += sum(4e-4 * (starts[-1] - i) for i, _, starts in units if starts)
+        return stored, round(seconds, 12), any(u[2] for u in units)
+
+    best = {}  # by number of units: cache bytes, seconds of a sample, whether anything runs twice
+    for blocks in (spans for b in all_partitions(count) for spans in all_recomputations(b)):
+        if max(block_bytes_by_hand(profile, b, 64) for b in blocks) <= budget:
+            parts = sum(map(len, blocks))
+            best[parts] = min(best.get(parts, (1e99,)), key(blocks))
+    if not best:
+        with pytest.raises(InfeasibleBudgetError):
+            partition(profile, config, budget=budget, samples=SAMPLES)
+        return
+    fewest = min((p for p in best if not best[p][2]), default=count)
+    fastest = min(best[p][1] for p in best if p <= fewest)
+    fast = (p for p in sorted(best) if p <= fewest and best[p][1] <= SLOWER * fastest)
+    wanted = min(best) if prefer == "accuracy" else next(fast)
+    plan = partition(profile, config, budget=budget, samples=SAMPLES)
+    found = spans_of(plan)
+    assert (len(plan.units), key(found)) == (wanted, best[wanted])
+    assert plan.peak == round(max(block_bytes_by_hand(profile, b, 64) for b in found)) <= budget
+    assert plan.epoch_seconds == pytest.approx(best[wanted][1] * SAMPLES)
 
 
 def min_need(profile):
@@ -158,7 +208,7 @@ def test_every_stage_once_in_order_and_every_block_within_the_budget(seed, strat
         return
     plan = partition(profile, config, budget=budget, samples=SAMPLES)
     assert [s for u in plan.units for s in range(u.first, u.last + 1)] == list(range(7))
-    for block, units in zip(plan.blocks, shape_of(plan), strict=True):
+    for block, units in zip(plan.blocks, spans_of(plan), strict=True):
         assert block_bytes_by_hand(profile, units, block.batch) == pytest.approx(block.peak, abs=1)
         assert block.peak <= 0.95 * budget + 1
         assert block.batch >= 8
@@ -202,7 +252,7 @@ def test_windows_tries_smaller_batches_then_one_unit_a_stage():
     quarter = partition(profile, TrainConfig(memory_margin=0.0), budget=int(need * 40), samples=SAMPLES)
     assert quarter.blocks[0].batch == 32, "40 samples of one stage fit, 64 of it do not"
     assert "batch 128 does not fit; trained at 32" in quarter.warnings
-    config = TrainConfig(memory_margin=0.0, max_units=1)
+    config = TrainConfig(memory_margin=0.0, max_units=1, recompute=False)
     tiny = partition(profile, config, budget=int(need * 17), samples=SAMPLES)
     assert tiny.blocks[0].batch == 16, "the later blocks need 4 bytes a sample more, for two slots in fp16"
     assert len(tiny.units) == 6
@@ -264,9 +314,9 @@ def test_the_checkpointed_bound_equals_brute_force_over_segments(seed):
 
 def test_unit_peaks_measured_whole_replace_the_sums():
     profile = random_profile(5, 3)
-    costs = Costs(profile, False, {(0, 2): Line(1000, 10)})
-    assert costs.unit(0, 2, 50) == 1500
-    assert costs.unit(0, 1, 50) == pytest.approx(unit_bytes_by_hand(profile.stages, 0, 1, 50))
+    costs = Costs(profile, False, {Span(0, 2): Line(1000, 10)})
+    assert costs.unit(Span(0, 2), 50) == 1500
+    assert costs.unit(Span(0, 1), 50) == pytest.approx(unit_bytes_by_hand(profile, (0, 1), 50))
 
 
 def test_on_the_cpu_all_weights_count_beside_every_block_and_the_engines_slots_do_not():

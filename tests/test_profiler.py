@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from nf_engine import planner, profiler, tier_probe
 from nf_engine.config import TrainConfig
+from nf_engine.costs import Costs, Span
 from nf_engine.device import TensorBytes, free_ram
 from nf_engine.errors import BudgetError, InfeasibleBudgetError
 from nf_engine.models import build
-from nf_engine.partitioner import Costs
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.profiler import fit, fit_bytes, flops_of, profile_stages, profile_unit
@@ -85,7 +85,7 @@ def test_a_unit_is_the_sum_of_its_stages_within_five_percent(name):
     for first, end in ((0, 0), (0, last), (1, 3), (2, last)):
         unit = UnitPlan(first, end, made.stages[end].head.spec, "reference", 0)
         whole = profile_unit(cut, unit, config, 128, CPU).at(128)
-        assert costs.unit(first, end, 128) == pytest.approx(whole, rel=0.05)
+        assert costs.unit(Span(first, end), 128) == pytest.approx(whole, rel=0.05)
 
 
 def test_the_sum_of_a_unit_is_not_below_it_where_gradients_of_the_input_are_left_out():
@@ -94,7 +94,7 @@ def test_the_sum_of_a_unit_is_not_below_it_where_gradients_of_the_input_are_left
     whole = profile_unit(cut, UnitPlan(last, last, made.stages[last].head.spec, "reference", 0), config, 128, CPU).at(
         128
     )
-    assert whole <= Costs(made, False, {}).unit(last, last, 128) <= 1.2 * whole
+    assert whole <= Costs(made, False, {}).unit(Span(last, last), 128) <= 1.2 * whole
 
 
 def test_the_line_of_a_unit_is_never_below_it_between_its_two_sizes():
@@ -219,30 +219,56 @@ def test_flops_of_a_residual_block_by_hand():
     assert flops_of(stage.module, (16, 32, 32)) == 2 * 16 * 16 * (32 * 16 * 9 + 32 * 16 + 32 * 32 * 9)
 
 
-def test_heads_are_deep_for_windows_and_linear_for_layerwise_unless_told():
+def test_a_profile_measures_the_heads_that_are_asked_for():
     network = build("vgg11", width=0.25)
     kinds = {}
-    for settings in (TrainConfig(), TrainConfig(partition="layerwise"), TrainConfig(head="linear"),
-                     TrainConfig(partition="layerwise", head="deep", head_width=24, head_depth=3)):  # fmt: skip
+    for settings in (TrainConfig(), TrainConfig(head="deep", head_width=24, head_depth=3)):
         _, _, made = profile_of(network, settings)
         assert {s.head.path for s in made.stages[:-1]} == {"reference"}
         assert made.stages[-1].head.path == "autograd"
-        kinds[settings.partition, settings.head] = [s.head.spec for s in made.stages]
-    assert {s.kind for s in kinds["windows", "auto"][:-1]} == {"deep"}
-    assert (
-        {s.kind for s in kinds["layerwise", "auto"][:-1]}
-        == {"linear"}
-        == {s.kind for s in kinds["windows", "linear"][:-1]}
-    )
-    assert kinds["layerwise", "deep"][0] == HeadSpec("deep", 2, 24, 3), "16 pixels come down to 2"
-    assert {(s.kind, s.width, s.depth) for s in kinds["layerwise", "deep"][:-1]} == {("deep", 24, 3)}
+        kinds[settings.head] = [s.head.spec for s in made.stages]
+    assert set(kinds["auto"][:-1]) == {HeadSpec("linear", 4), HeadSpec("linear", 2)}
+    assert kinds["deep"][0] == HeadSpec("deep", 2, 24, 3), "16 pixels come down to 2"
+    assert {(s.kind, s.width, s.depth) for s in kinds["deep"][:-1]} == {("deep", 24, 3)}
     assert {specs[-1].kind for specs in kinds.values()} == {"classifier"}
+
+
+def test_heads_are_deep_from_three_units_on_unless_told():
+    cut = split(build("vgg16", width=0.25), (3, 32, 32))
+    found = set()
+    for fields in ({}, {"head": "deep"}, {"head": "linear"}, {"partition": "layerwise"}):
+        work = Planner(cut, TrainConfig(recompute=False, **fields), PLAIN, True, None, 5000, "m", None, together=True)
+        whole = work.plan(1 << 40).bounds.backpropagation
+        for share in (0.8, 0.6):
+            units = work.plan(int(share * whole)).units
+            found |= {(*fields.values(), len(units) > 2, unit.head.kind) for unit in units[:-1]}
+    assert found == {
+        *((False, "linear"), (True, "deep")),
+        *(("deep", False, "deep"), ("deep", True, "deep")),
+        *(("linear", False, "linear"), ("linear", True, "linear")),
+        ("layerwise", True, "linear"),
+    }
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_a_unit_that_recomputes_takes_what_its_sum_says(name):
+    cut, config, made = profile_of(build(name, width=0.5))
+    costs, last = Costs(made, False, {}), len(made.stages) - 1
+    plain = costs.unit(Span(0, last), 128)
+    recomputing = {costs.recomputation(0, last, 128, share * plain) for share in (0.9, 0.8, 0.7)}
+    recomputing |= {Span(0, last, tuple(range(1, last + 1))), Span(1, 4, (3,))}
+    for span in recomputing:
+        assert span.starts
+        unit = UnitPlan(span.first, span.last, made.stages[span.last].head.spec, "reference", 0, span.starts)
+        whole = profile_unit(cut, unit, config, 128, CPU).at(128)
+        assert whole / 1.005 <= costs.unit(span, 128) <= 1.12 * whole, span
 
 
 def test_heads_are_as_wide_as_costs_no_unit_and_no_batch():
     """Against plans made with each width alone, over budgets in which both kinds of answers occur."""
     cut = split(build("vgg16", width=0.25), (3, 32, 32))
-    work = Planner(cut, TrainConfig(), PLAIN, True, None, 5000, "vgg16", None, together=True)
+    settings = TrainConfig(head="deep", recompute=False)
+    work = Planner(cut, settings, PLAIN, True, None, 5000, "vgg16", None, together=True)
     whole = work.plan(1 << 40).bounds.backpropagation
     answers = []
     for share in (0.55, 0.62, 0.68, 0.75, 0.85):
@@ -272,14 +298,16 @@ def test_where_no_plan_with_deep_heads_fits_linear_ones_are_tried(monkeypatch):
         return partition(profile, *arguments, **options)
 
     monkeypatch.setattr(planner, "partition", only_linear)
-    cut = split(build("vgg11", width=0.25), (3, 32, 32))
-    for settings in (TrainConfig(batch_size=64), TrainConfig(batch_size=64, head="deep")):
-        work = Planner(cut, settings, PLAIN, True, None, 5000, "vgg11", None, together=True)
+    cut = split(build("vgg16", width=0.25), (3, 32, 32))
+    plain = TrainConfig(recompute=False)
+    for settings in (plain, plain.with_fields({"head": "deep"})):
+        work = Planner(cut, settings, PLAIN, True, None, 5000, "vgg16", None, together=True)
         if settings.head == "deep":
             with pytest.raises(InfeasibleBudgetError, match="too much"):
-                work.plan(24 << 20)
+                work.plan(1 << 40)
             continue
-        made = work.plan(24 << 20)
+        made = work.plan(int(0.6 * work.plan(1 << 40).bounds.backpropagation))
+        assert len(made.units) > 2
         assert {u.head.kind for u in made.units} == {"linear", "classifier"}
         assert "linear heads, as no plan with deep ones fits the budget" in made.warnings
         assert made.peak <= made.budget

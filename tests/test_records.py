@@ -90,7 +90,7 @@ PLAN = Plan(
     blocks=(
         BlockPlan(
             units=(
-                UnitPlan(0, 1, HeadSpec("deep", 1, 48, 2), "fused", 140 * MIB),
+                UnitPlan(0, 1, HeadSpec("deep", 1, 48, 2), "fused", 140 * MIB, (1,)),
                 UnitPlan(2, 2, HeadSpec("linear", 4), "reference", 90 * MIB),
             ),
             batch=96,
@@ -241,6 +241,8 @@ def test_the_table_of_a_plan_holds_its_numbers():
         "budget 200.0 MiB, plan 150.0 MiB (75%); 3.00 MiB of it beside every block; host buffers 64.0 MiB",
         "at batch 128: backpropagation 457.0 MiB, checkpointed 330.0 MiB, this plan 150.0 MiB; "
         "lower bound (largest stage at batch 1) 17.0 MiB",
+        "an epoch of every block: 12.5 s of computing predicted",
+        "note: unit 0 runs stem again in its backward",
         "note: one cached copy",
     ]
 

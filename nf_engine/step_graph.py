@@ -1,0 +1,171 @@
+"""Step graph: the training step of a whole block, recorded once as a CUDA graph and replayed with one launch.
+
+    first WARM_UP batches   eager, on the stream that will be recorded: optimisers make their state, libraries choose
+    the batch after them    its tensors become the inputs of the graph: the step is recorded, then replayed on them
+    every batch after it    copied into those tensors, then replayed; a cache decodes into one place: nothing is copied
+
+All of these are steps of the training, each batch counts once, and a replay computes what the eager step would. The
+learning rate is a tensor that the recorded optimisers read; losses are added to one tensor. What a module keeps in
+Python (a counter of its own calls) does not move in a replay.
+The graph's memory is a pool of its own, within the budget, that nothing else can use: where there is no room for an
+eval pass beside it, the graph is given up at the end of an epoch and recorded again in the next one.
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs (warm-up, static inputs, private pools).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nf_engine.device import room_bytes
+from nf_engine.local_step import Unit, train_block
+
+WARM_UP = 3  # eager steps before the recording, as torch's documentation has it
+
+
+class Recorder(Protocol):
+    """Records one step at a time; `refusal` says why it does not, None where it does."""
+
+    refusal: str | None
+
+    def record(self, step: Callable[[], object]) -> None:
+        """Takes down what step() asks of the device, without doing it. RuntimeError: it cannot be recorded."""
+        ...
+
+    def replay(self) -> None:
+        """Does what was recorded."""
+        ...
+
+    def release(self) -> None:
+        """Gives the recording and its memory back, where there is one."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """No step of this run is recorded any more."""
+        ...
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether an eval pass fits beside the recording."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs on the current stream, which cannot be the default one: see device.capped.
+
+    NF_GRAPHS=off in the environment keeps every step eager.
+    """
+
+    def __init__(self, device: torch.device, note: Callable[[str], None]) -> None:
+        """note: told the reason when steps are eager from here on."""
+        self._device, self._note = device, note
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool = 0
+        self.refusal: str | None = None
+        if os.environ.get("NF_GRAPHS", "on") == "off":
+            self.refuse("NF_GRAPHS=off")
+
+    def record(self, step: Callable[[], object]) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
+        # Threads of the cache engine may ask the driver for memory meanwhile, which "global" would take for ours.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+        self._graph, self._pool = graph, torch.cuda.memory_reserved(self._device) - before
+
+    def replay(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
+
+    def release(self) -> None:
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = None
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self._note(f"training steps are not recorded as a CUDA graph: {reason}")
+
+    @property
+    def is_roomy(self) -> bool:
+        """An eval step needs less than a training step, so the pool once more is enough."""
+        return room_bytes(self._device) >= self._pool
+
+
+class StepGraph:
+    """The step of one block: eager at first, then recorded and replayed."""
+
+    def __init__(self, units: Sequence[Unit], losses: Tensor, recorder: Recorder) -> None:
+        """units: prepared, in train mode; losses: (units,), what train_block adds to."""
+        self._units, self._losses, self._recorder = units, losses, recorder
+        self._to_warm = WARM_UP
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self.rate = torch.zeros((), device=losses.device)  # float32: what fused optimisers read on a GPU
+        for group in _groups(units):
+            group["lr"] = self.rate
+
+    def __call__(self, x: Tensor, labels: Tensor) -> bool:
+        """Trains on one batch by a replay; False: not yet or not at all, the step is the caller's to run.
+
+        x and labels may be kept, and overwritten with later batches.
+        """
+        if self._inputs is None:
+            if self._to_warm > 0 or self._recorder.refusal is not None:
+                self._to_warm -= 1
+                return False
+            if not self._record(x, labels):
+                return False
+            self._inputs = (x, labels)
+        for kept, given in zip(self._inputs, (x, labels), strict=True):
+            if kept.data_ptr() != given.data_ptr():
+                assert kept.shape == given.shape, (kept.shape, given.shape)
+                kept.copy_(given)
+        self._recorder.replay()
+        return True
+
+    def _record(self, x: Tensor, labels: Tensor) -> bool:
+        """Whether the step was recorded. Where not, nothing has run on the device and all state is as it was."""
+        try:
+            with _capturable(self._units):
+                self._recorder.record(partial(train_block, self._units, [(x, labels)], self._losses))
+        except RuntimeError as error:
+            first = error.__context__ or error  # ending a broken recording fails too, and says less
+            reason = str(first).strip().partition("\n")[0] or type(first).__name__
+        else:
+            return True
+        for unit in self._units:
+            unit.forget_step()
+        self._recorder.refuse(reason)
+        return False
+
+    def end_epoch(self) -> None:
+        """Makes room for an eval pass, where there is none beside the graph."""
+        if self._inputs is not None and not self._recorder.is_roomy:
+            self._inputs = None
+            self._recorder.release()
+
+
+def _groups(units: Sequence[Unit]) -> Iterator[dict[str, object]]:
+    for unit in units:
+        assert unit.optimizer is not None
+        yield from unit.optimizer.param_groups
+
+
+@contextmanager
+def _capturable(units: Sequence[Unit]) -> Iterator[None]:
+    """AdamW wants to be told that it is recorded, and warns of it in eager steps; fused, it computes the same."""
+    groups = [group for group in _groups(units) if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
