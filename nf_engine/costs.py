@@ -6,6 +6,8 @@ The bytes of a unit of stages i..j at batch b, all from the profile's lines, wei
                kept_i + .. + kept_l + transient_l + gradients of l+1 .. j and the head + output and its gradient, any l,
                all gradients + output )
 
+transient_l was measured with the stage's output and its gradient alive to the end; of stages before the last the first
+is gone by then, and the second is freed as it is used: both are taken off.
 A unit that recomputes is cut into segments. While one of them is in backward, the inputs of those before it wait, and
 of the stages only its own keep anything: the same maximum over the segments, each beside the inputs before it.
 A block adds the weights and optimizer state of all its units once, and takes its largest unit.
@@ -74,7 +76,7 @@ class Costs:
         kept = self._kept(first, end, batch)
         peak = 0.0
         for k in range(end, first - 1, -1):
-            held = 0 if k == last else output
+            held = 0 if k == last else output - stages[k].loose.at(batch) - stages[k].output * batch
             peak = max(peak, kept + stages[k].transient.at(batch) + gradients + held)
             kept -= stages[k].kept.at(batch)
             gradients += stages[k].gradients

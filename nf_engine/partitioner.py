@@ -23,6 +23,8 @@ from nf_engine.tiers import cache_plan, copies_of, mixing
 
 TARGET_BATCH = 128
 FALLBACK_BATCHES = (64, 32)
+BATCH_STEP = 8  # batches between those are multiples of it
+LEAST_BATCH = 16  # below it BatchNorm is noise: more units are tried before
 MIN_STEPS = 50  # an epoch in fewer steps trains too little, whatever fits
 MAX_LR = 8.0  # times the lr at batch 128
 SLOWER = 1.1  # times the fastest plan's work: so much may a plan with fewer units cost
@@ -67,12 +69,14 @@ class _Found(NamedTuple):
 def windows(costs: Costs, allowed: float, config: TrainConfig, samples: int, target: int) -> _Found | None:
     """The plan whose units and batch suit `prefer`; ties by cache bytes, then time, then peak.
 
-    At the target batch, then 64 and 32, then with one unit a stage at the largest batch that fits them all. More units,
-    or smaller batches, are looked at as long as those found recompute something.
+    At the target batch, then 64, 32 and the largest at which backpropagation fits, then with one unit a stage at the
+    largest batch that fits them all. More units, or smaller batches, are looked at as long as those found recompute
+    something.
     """
-    batches = [target, *(b for b in FALLBACK_BATCHES if config.min_batch_size <= b < target)]
-    if config.batch_size != "auto":
-        batches = [target]
+    batches = [target]
+    if config.batch_size == "auto":
+        lower = max(config.min_batch_size, LEAST_BATCH)
+        batches += [b for b in _fallbacks(costs, allowed, target) if lower <= b < target]
     found: list[_Found] = []
     for batch in batches:
         for parts in range(1, min(config.max_units, len(costs.profile.stages)) + 1):
@@ -90,6 +94,13 @@ def windows(costs: Costs, allowed: float, config: TrainConfig, samples: int, tar
     joined = _join_singles(costs, allowed, singles, batch, samples, config)
     assert joined is not None, "each stage alone fits at this batch"
     return _Found(joined, batch, 0.0, True)
+
+
+def _fallbacks(costs: Costs, allowed: float, target: int) -> list[int]:
+    """Batches to try where the target does not fit, falling; the last is backpropagation's largest, which ends it."""
+    whole = (Span(0, len(costs.profile.stages) - 1),)
+    largest = costs.largest_batch(whole, allowed, costs.overhead(whole), target) // BATCH_STEP * BATCH_STEP
+    return [*(b for b in FALLBACK_BATCHES if b > largest), largest]
 
 
 def _preferred(found: list[_Found], config: TrainConfig) -> _Found:

@@ -20,7 +20,9 @@ ZERO = Line(0, 0)
 SAMPLES = 50_000
 
 
-def stage(name="s", kept=0.0, entry=0.0, transient=0.0, output=0, fixed=0, head=0.0, head_fixed=0, forward=0.0):
+def stage(
+    name="s", kept=0.0, entry=0.0, transient=0.0, output=0, fixed=0, head=0.0, head_fixed=0, forward=0.0, loose=0.0
+):
     spec = HeadSpec("linear", 4)
     own = HeadProfile(
         spec, head_fixed, head_fixed, head_fixed, head_fixed // 4, 1, Line(0, head), "reference", Line(0, 1e-6)
@@ -35,7 +37,7 @@ def stage(name="s", kept=0.0, entry=0.0, transient=0.0, output=0, fixed=0, head=
         optimizer=fixed,
         kept=Line(0, kept),
         input=Line(0, entry),
-        loose=ZERO,
+        loose=Line(0, loose),
         transient=Line(0, transient),
         forward=Line(0, forward),
         flops=1,
@@ -61,6 +63,7 @@ def random_profile(seed, count):
             fixed=draw.randint(0, 20_000),
             head=draw.randint(10, 600),
             head_fixed=draw.randint(0, 4_000),
+            loose=draw.choice([0, draw.randint(10, 100)]),
         )
         for k in range(count)
     )
@@ -81,9 +84,9 @@ def unit_bytes_by_hand(profile, unit, b):
         for k in range(start, end):
             kept = sum(s.kept.per_sample for s in stages[start : k + 1]) * b
             later = sum(s.gradients for s in stages[k + 1 : j + 1]) + last.head.gradients
-            waiting = 0 if k == j else 2 * last.output * b
+            waiting = 0 if k == j else (2 * last.output - stages[k].output - stages[k].loose.per_sample) * b
             moments.append(entry + kept + stages[k].transient.per_sample * b + later + waiting)
-    all_kept = sum(s.kept.per_sample for s in stages[edges[-2] : j + 1]) * b
+    all_kept = (sum(s.kept.per_sample for s in stages[edges[-2] : j + 1]) + last.loose.per_sample) * b
     moments.append(entry + all_kept + last.head.transient.per_sample * b)
     return max(moments)
 
@@ -256,6 +259,16 @@ def test_windows_tries_smaller_batches_then_one_unit_a_stage():
     tiny = partition(profile, config, budget=int(need * 17), samples=SAMPLES)
     assert tiny.blocks[0].batch == 16, "the later blocks need 4 bytes a sample more, for two slots in fp16"
     assert len(tiny.units) == 6
+
+
+@pytest.mark.parametrize(("fits", "batch"), [(127, 120), (90, 88), (64, 64), (57, 56), (40, 40), (17, 16)])
+def test_backpropagation_at_the_largest_batch_is_one_of_the_plans(fits, batch):
+    profile = profile_of(stage(f"s{k}", kept=1000, transient=1000) for k in range(6))
+    config = TrainConfig(memory_margin=0.0, max_units=1, recompute=False)
+    budget = int(block_bytes_by_hand(profile, [(0, 5)], fits)) + 1
+    plan = partition(profile, config, budget=budget, samples=SAMPLES)
+    assert shape_of(plan) == [((0, 5),)]
+    assert plan.blocks[0].batch == batch
 
 
 def test_a_batch_size_asked_for_is_kept_or_refused():

@@ -79,13 +79,13 @@ def test_vgg16_keeps_the_bytes_that_were_measured_for_it():
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18"])
-def test_a_unit_is_the_sum_of_its_stages_within_five_percent(name):
+def test_a_unit_is_the_sum_of_its_stages_within_two_percent(name):
     cut, config, made = profile_of(build(name, width=0.5))
     costs, last = Costs(made, False, {}), len(made.stages) - 1
     for first, end in ((0, 0), (0, last), (1, 3), (2, last)):
         unit = UnitPlan(first, end, made.stages[end].head.spec, "reference", 0)
         whole = profile_unit(cut, unit, config, 128, CPU).at(128)
-        assert costs.unit(Span(first, end), 128) == pytest.approx(whole, rel=0.05)
+        assert costs.unit(Span(first, end), 128) == pytest.approx(whole, rel=0.02)
 
 
 def test_the_sum_of_a_unit_is_not_below_it_where_gradients_of_the_input_are_left_out():
@@ -261,17 +261,17 @@ def test_a_unit_that_recomputes_takes_what_its_sum_says(name):
         assert span.starts
         unit = UnitPlan(span.first, span.last, made.stages[span.last].head.spec, "reference", 0, span.starts)
         whole = profile_unit(cut, unit, config, 128, CPU).at(128)
-        assert whole / 1.005 <= costs.unit(span, 128) <= 1.12 * whole, span
+        assert costs.unit(span, 128) == pytest.approx(whole, rel=0.02), span
 
 
 def test_heads_are_as_wide_as_costs_no_unit_and_no_batch():
     """Against plans made with each width alone, over budgets in which both kinds of answers occur."""
-    cut = split(build("vgg16", width=0.25), (3, 32, 32))
+    cut = split(build("resnet18", width=0.25), (3, 32, 32))
     settings = TrainConfig(head="deep", recompute=False)
-    work = Planner(cut, settings, PLAIN, True, None, 5000, "vgg16", None, together=True)
+    work = Planner(cut, settings, PLAIN, True, None, 5000, "resnet18", None, together=True)
     whole = work.plan(1 << 40).bounds.backpropagation
     answers = []
-    for share in (0.55, 0.62, 0.68, 0.75, 0.85):
+    for share in (0.4, 0.55, 0.7):
         made = work.plan(int(share * whole))
         ranks = []
         for widest in (4, 2):
