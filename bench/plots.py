@@ -6,7 +6,7 @@ A bench hands over a function that draws on the axes of one figure; without matp
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def save(
     path = json_file.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained")
-        draw(*axes)
+        figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+        draw(*axes[0])
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
@@ -66,3 +66,21 @@ def ranges(
     axes.set_xlabel(unit)
     axes.margins(x=0.15)
     axes.grid(axis="y", visible=False)
+
+
+def times(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], own: Sequence[str]) -> None:
+    """A line of (MiB, seconds) for each name, both axes logarithmic; those in `own` in black."""
+    marks = "os^D"
+    for k, (name, points) in enumerate(curves.items()):
+        style = {"color": COLOURS[k % len(COLOURS)]}
+        if name in own:
+            style = {"color": "black", "linestyle": ("-", "--")[own.index(name) % 2]}
+        axes.plot(*zip(*points, strict=True), marker=marks[k % len(marks)], label=name, markersize=4, **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    sizes = sorted({size for points in curves.values() for size, _ in points})
+    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("budget, MiB")
+    axes.set_ylabel("seconds")
+    axes.legend(fontsize=7)

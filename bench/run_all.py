@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-BENCHES = ("startup", "training", "memory", "cache", "cache_vs_recompute", "overlap", "head_kinds", "heads", "accuracy")
+BENCHES = (
+    "startup",
+    "training",
+    "memory",
+    "peers",
+    "highres",
+    "cache",
+    "cache_vs_recompute",
+    "overlap",
+    "head_kinds",
+    "heads",
+    "accuracy",
+)
 
 
 class Row(NamedTuple):
