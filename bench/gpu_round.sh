@@ -42,9 +42,21 @@ declare -A run=(
     [cache]="bench cache cache"
     [recompute]="bench cache_vs_recompute cache_vs_recompute --quick"
     [train]="train"
+    [step-fp32]="bench step step_fp32 --device cuda"
+    [step-bf16]="bench step step_bf16 --device cuda --precision bf16-mixed"
+    [highres]="bench highres highres --width 1 --budget 8GiB --step 64 --most 8192"
+    [peers-vgg16]="peers vgg16-32-10 50000"
+    [peers-resnet18]="peers resnet18-32-10 50000"
+    [peers-vgg19]="peers vgg19-64-200 20000"
+    [peers-large]="peers resnet18-224-100 5000"
 )
-order=(machine tests tests-heads tests-heads-real heads-bf16 heads-fp32 train heads-share overlap heads-autotune memcheck
-    racecheck cache recompute)
+order=(machine tests tests-heads tests-heads-real step-bf16 step-fp32 heads-bf16 heads-fp32 train peers-vgg16 peers-resnet18
+    heads-share overlap heads-autotune memcheck racecheck cache recompute highres peers-vgg19 peers-large)
+
+# One part of the comparison with peers; generated images of as many samples as said. Call it again until nothing is left.
+peers() {
+    bench peers "peers_$1" --parts "$1" --data "synthetic:$2" --images "$2" --precision bf16-mixed --device cuda --limit 400
+}
 
 machine() {
     nvidia-smi || true
@@ -70,7 +82,7 @@ train() {
     rm -rf "$results/run"
 }
 
-export -f bench tests machine checked train
+export -f bench tests machine checked train peers
 export PYTHON results
 failed=0
 for part in "${@:-${order[@]}}"; do

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 BENCHES = (
     "startup",
+    "step",
     "training",
     "memory",
     "peers",

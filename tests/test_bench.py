@@ -156,6 +156,7 @@ def test_all_benches_run_in_turn_with_the_same_data(benches, tmp_path):
         [f"bench.bench_{name}", "--quick", "--json", str(tmp_path / f"{name}_quick.json"), "--data", "synthetic:40"]
         for name in (
             "startup",
+            "step",
             "training",
             "memory",
             "peers",
@@ -180,6 +181,7 @@ def test_one_table_shows_checks_and_micro_medians(benches, tmp_path, capsys):
     assert rows == [
         ["bench", "name", "value", "target", "ok"],
         ["startup", "time", "1.5", "<=", "2", "yes"],
+        ["step", "time", "1.5", "<=", "2", "yes"],
         ["training", "time", "1.5", "<=", "2", "yes"],
         ["memory", "time", "1.5", "<=", "2", "yes"],
         ["memory", "gpu", "-", "<", "1", "-"],
