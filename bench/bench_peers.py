@@ -43,6 +43,7 @@ from bench import plots
 from bench.peer_runs import BASE, COMPILED, NONE, PEERS, Recipe, Workload
 from bench.timing import arguments, check, finish, images
 from nf_engine.device import pick
+from nf_engine.ops import head_path
 
 DROP = 0.03  # below backpropagation's best: the accuracy that time is measured to
 FIELDS: dict[str, dict[str, Any]] = {  # of TrainConfig
@@ -150,7 +151,11 @@ def run(case: Case, work: Workload, rows: Sequence[dict[str, Any]]) -> dict[str,
     elif off == "one batch size" and base is not None:
         fields["batch_size"] = min(base["batches"])
     with patch.dict(os.environ, CUDA_ONLY.get(case.arm, {})):
-        return head | work.run_ours(fields, budget, case.seed)
+        head_path.cache_clear()  # it has read the environment before
+        try:
+            return head | work.run_ours(fields, budget, case.seed)
+        finally:
+            head_path.cache_clear()
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:

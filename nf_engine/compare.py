@@ -138,14 +138,17 @@ class Peer:
             return
         given = list(itertools.islice(batches, self.arm.parts))
         if not self._recorded:
+            reason = ""
             try:
                 self._recorder.record(lambda: self._eager(iter(given)))
-            except RuntimeError as error:  # nothing has run
+            except RuntimeError as error:  # nothing has run; no name for it, which would keep what it holds alive
+                reason = str(error).partition("\n")[0] or type(error).__name__
+            if reason:
                 for optimizer, scale in zip(self.optimizers, self._scales, strict=True):
                     optimizer.zero_grad(set_to_none=True)
                     if scale is not None:
                         scale.forget_step()
-                self._recorder.refuse(str(error).partition("\n")[0])
+                self._recorder.refuse(reason)
                 self._eager(iter(given))
                 return
             self._recorded = given
@@ -267,8 +270,10 @@ def train_peer(
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
+    held = (0, 0)  # before it, of the caller and of the libraries
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     for module in (*(s.module for s in cut.stages), cut.classifier):
         placed(module, device)
     recorder = _recorder(device) if arm.kind != "offloaded" else None
@@ -301,7 +306,7 @@ def train_peer(
     if counter is not None:
         return PeerResult(tuple(accuracies), tuple(seconds), counter.peak, 0)
     used = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)  # scoring takes less
-    return PeerResult(tuple(accuracies), tuple(seconds), *used)
+    return PeerResult(tuple(accuracies), tuple(seconds), used[0] - held[0], used[1] - held[1])
 
 
 def _recorder(device: torch.device) -> Recorder | None:

@@ -28,11 +28,12 @@ from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, placed, room_bytes, watched
 from nf_engine.errors import BudgetExceededError
+from nf_engine.feed import Resident
 from nf_engine.local_step import Unit, train_block
 from nf_engine.partitioner import scaled_lr
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Preprocess
-from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
+from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes, image_bytes
 from nf_engine.recovery import RECOVERING, SHARES, HostCopy, asked_bytes, is_out_of_memory
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
@@ -122,17 +123,22 @@ class Controller:
         self.history: list[dict[str, object]] = []
         digest = hashlib.sha256((plan.to_json() + config.to_toml() + data.digest()).encode())
         self._fingerprint = digest.digest()
+        self._held = (0, 0)  # bytes allocated and reserved before the run: workspaces, and what is the caller's
+        self._images_there: Resident | None = None
         self._recorder: Recorder | None = CudaRecorder(device, self._note_eager) if device.type == "cuda" else None
         self._numbers = list(itertools.accumulate((len(b.units) for b in plan.blocks), initial=0))
 
     def run(self) -> list[Score]:
         """Trains all blocks; returns the held-out score of every exit, in order."""
+        if self.device.type == "cuda":
+            self._held = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         scores: list[Score] = []
         inputs: Inputs = self._images(self.data, self.train_images)
         held: Inputs = self._images(self.held_out, self.plain)
         for number in range(len(self.plan.blocks)):
             for stage in inputs.prefix if isinstance(inputs, ImageInputs) else ():
                 placed(stage, self.device).eval()
+            self._place_images(inputs)
             inputs.copies = self._copies_after(number) if isinstance(inputs, ImageInputs) else inputs.copies
             try:
                 units, counter = self._trained(number, inputs, held)
@@ -144,7 +150,22 @@ class Controller:
             self._finish(number, units, found, counter)
             if after is not None and after_held is not None:
                 inputs, held = after, after_held
+        self._images_there = None
         return scores
+
+    def _place_images(self, inputs: Inputs) -> None:
+        """Brings the training images to the device for the blocks that read them, where the plan has the room."""
+        if not isinstance(inputs, ImageInputs):
+            self._images_there = None
+        elif self._images_there is None and self._may_reside():
+            self._images_there = Resident(self.data, self.device)
+        if isinstance(inputs, ImageInputs):
+            inputs.feed = self._images_there
+
+    def _may_reside(self) -> bool:
+        """The plan may be of other data."""
+        size = image_bytes(self.data.shape, len(self.data))
+        return self.data.in_memory and self.data.dtype == torch.uint8 and size <= self.plan.resident_images
 
     def _images(self, data: ImageData, preprocess: Preprocess) -> ImageInputs:
         return ImageInputs(data, preprocess, self.device, self.config.seed)
@@ -266,6 +287,10 @@ class Controller:
     def _clear_attempt(self, history: int, *used: Inputs) -> None:
         """Drops what a failed attempt has left: buffers, garbage, and epochs beyond the first `history`."""
         _rewind(*used)
+        self._images_there = None  # spare room was planned for them, and there is none
+        for inputs in used:
+            if isinstance(inputs, ImageInputs):
+                inputs.feed = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -479,7 +504,8 @@ class Controller:
     def _now(self, counter: TensorBytes | None) -> tuple[int, int]:
         if counter is not None:
             return counter.now, counter.peak
-        return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        now, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return now - self._held[0], peak - self._held[0]
 
     def _finish(
         self,
@@ -489,7 +515,7 @@ class Controller:
         counter: TensorBytes | None,
     ) -> None:
         """Saves the block, frees its optimiser state, and holds its peak against the budget."""
-        reserved = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
+        reserved = torch.cuda.max_memory_reserved(self.device) - self._held[1] if self.device.type == "cuda" else 0
         peak = self._now(counter)[1]
         memory = BlockMemory(number, self.plan.blocks[number].peak, peak, reserved, psutil.Process().memory_info().rss)
         self.memory.append(memory)

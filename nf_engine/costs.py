@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nf_engine.records import ENGINE_SLOTS, HeadProfile, Line, Profile, StageProfile, stored_bytes
+from nf_engine.records import ENGINE_SLOTS, IMAGE_SLOTS, HeadProfile, Line, Profile, StageProfile, stored_bytes
 
 TIGHTER = (1.0, 0.95, 0.9)  # of a limit: sums over stages may miss the peak of a whole unit by so much
 
@@ -116,7 +116,7 @@ class Costs:
         return None
 
     def _segments(self, first: int, last: int, batch: int, limit: float) -> dict[int, tuple[float, tuple[int, ...]]]:
-        """For each stage up to which segments that fit can be cut: the least bytes of their inputs, and their starts."""
+        """For each stage up to which segments that fit can be cut: the least bytes of their inputs and their starts."""
         found: dict[int, tuple[float, tuple[int, ...]]] = {first: (0.0, ())}
         for end in range(first + 1, last + 1):
             for start in range(first, end):
@@ -150,23 +150,29 @@ class Costs:
         return self.profile.stages[first - 1].output if first else self.profile.input
 
     def _beside(self, units: Spans, batch: int) -> list[float]:
-        """Bytes beside the step of each unit of a block: buffers of its cached inputs.
+        """Bytes beside the step of each unit of a block: buffers of its inputs.
 
-        On a device of its own batches of cached inputs arrive in the engine's slots; on the CPU they are not budgeted.
-        The block's input outlives unit 0.
+        On a device of its own batches arrive in slots, of the feed or of the cache engine; on the CPU there are none,
+        or they are not budgeted. The input of a block that reads a cache outlives unit 0.
         """
         first = units[0].first
         if first == 0:
-            return [0.0] * len(units)
+            return [self._feed(batch)] * len(units)
         shape = self.profile.stages[first - 1].output_shape
         slots = 0 if self.together else ENGINE_SLOTS * batch * stored_bytes(shape, self.dtype)
         return [slots, *[slots + self.input_bytes(first) * batch] * (len(units) - 1)]
+
+    def _feed(self, batch: int) -> float:
+        """Bytes on a device of its own: images on their way, and a batch beside the one that a recorded step reads."""
+        return 0.0 if self.together else batch * (IMAGE_SLOTS * self.profile.image + self.profile.input)
 
     def _loading(self, units: Spans, batch: int) -> float:
         """Bytes while the next images arrive, where the block reads images, and its last output is alive."""
         if units[0].first:
             return 0.0
-        return self.profile.loading.at(batch) + self.profile.stages[units[-1].last].output * batch
+        arriving = self.profile.loading.at(batch) + self._feed(batch)
+        arriving += 0 if self.together else self.profile.input * batch
+        return arriving + self.profile.stages[units[-1].last].output * batch
 
     def block(self, units: Spans, batch: int, overhead: int) -> float:
         """Peak bytes of training a block of these units."""
@@ -199,7 +205,7 @@ class Costs:
         stages = self.profile.stages
         lines = [s.seconds for u in units for s in stages[u.first : u.last + 1]]
         lines += [head_of(self.profile, u.last).seconds for u in units]
-        lines += [s.forward_seconds for s in self.recomputed(units)]
+        lines += [s.rerun_seconds for s in self.recomputed(units)]
         timed = [line.at(batch) for line in lines if line is not None]
         return sum(timed) if len(timed) == len(lines) else None
 

@@ -67,11 +67,22 @@ class ImageData:
             return None
         return self._source if self._index is None else self._source.index_select(0, self._index)
 
-    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are one array; a Dataset may give others each time it is read."""
+        return isinstance(self._source, Tensor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images: uint8 or float32."""
+        return self._source.dtype
+
+    def batch(self, ids: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reads the samples at these positions.
 
         Args:
             ids: (B,) int64 on the CPU, each in [0, N).
+            out: (B, C, H, W) of the images' dtype, contiguous, on the CPU: where the images go.
 
         Returns:
             Images (B, C, H, W), uint8 or float32, and labels (B,) int64, both on the CPU.
@@ -82,9 +93,10 @@ class ImageData:
         labels = self.labels.index_select(0, ids)
         rows = ids if self._index is None else self._index.index_select(0, ids)
         if isinstance(self._source, Tensor):
-            return self._source.index_select(0, rows), labels
+            return torch.index_select(self._source, 0, rows, out=out), labels
         images = self._source.read(rows, labels)
-        return images if self._view is None else self._view(images), labels
+        images = images if self._view is None else self._view(images)
+        return images if out is None else out.copy_(images), labels
 
     def subset(self, ids: Tensor) -> ImageData:
         """The samples at these positions, (M,) int64 in [0, N): images are shared, its position i is ids[i] here."""
@@ -270,6 +282,11 @@ class _Items:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self._expected is not None, "read once, for its labels"
+        return self._expected[0]
 
     def read(self, ids: Tensor, labels: Tensor) -> Tensor:
         images, found = self.read_labelled(ids)

@@ -91,6 +91,7 @@ class _CudaBytes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        take_workspaces(device)
         self.reset()
 
     @property
@@ -139,9 +140,19 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def take_workspaces(device: torch.device) -> None:
+    """Lets the libraries take their workspaces for the current stream, which torch's allocator then holds for good.
+
+    cuBLAS takes one for each thread that multiplies: this one, and autograd's. They are no block's memory.
+    """
+    a = torch.ones(8, 8, device=device, requires_grad=True)
+    (a @ a).sum().backward()  # type: ignore[no-untyped-call]
+
+
 class Cap(NamedTuple):
     """Bytes: what torch may reserve, what of it the process held before, what the driver counts beside it.
 
+    held: also the workspaces of cuBLAS, some 64 MiB on a large GPU.
     beside: the CUDA context, and other programs on the device; never part of the budget.
     """
 
@@ -161,14 +172,17 @@ def capped(device: torch.device, budget: int) -> Iterator[Cap | None]:
         yield None
         return
     gc.collect()  # what planning left behind
+    caller = torch.cuda.current_stream(device)
+    own = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]  # never one that copies images
+    own.wait_stream(caller)
+    with torch.cuda.stream(own):
+        take_workspaces(device)
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
     # The allocator takes the share of total_memory and drops the fraction of a byte: never more than asked for.
     share = (budget + held) / torch.cuda.get_device_properties(device).total_memory
     before = torch.cuda.get_per_process_memory_fraction(device)
-    caller, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    own.wait_stream(caller)
     torch.cuda.set_per_process_memory_fraction(min(before, share), device)
     try:
         with torch.cuda.stream(own):
@@ -176,6 +190,7 @@ def capped(device: torch.device, budget: int) -> Iterator[Cap | None]:
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
         caller.wait_stream(own)
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

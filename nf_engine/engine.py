@@ -113,7 +113,16 @@ def train(
     if plan is None:
         budget = budget_bytes(settings, device)
         planner = Planner(
-            cut, settings, train_images, uint8(data), device, len(data), network_name, folder.path, budget=budget
+            cut,
+            settings,
+            train_images,
+            uint8(data),
+            device,
+            len(data),
+            network_name,
+            folder.path,
+            budget=budget,
+            in_memory=data.in_memory,
         )
         made = planner.plan(budget)
         folder.write("profile.json", planner.profile.to_json())
@@ -191,6 +200,7 @@ def plan(
     together = total is None and settings.device != "cuda" and pick(settings.device).type == "cpu"
     budget = budget_bytes(settings, torch.device("cpu"), total)
     if profile is not None:
+        _check_made_for(profile, settings, ("optimizer", "augment", "precision"))
         return partition(profile, settings, budget=budget, samples=samples, together=together)
     planner = _planner(model, sample, settings, None, samples, classes, together=together)
     return planner.plan(budget)
@@ -299,6 +309,15 @@ def _check_classes(cut: Cut, data: ImageData) -> None:
         )
 
 
+def _check_made_for(record: Plan | Profile, settings: TrainConfig, names: Sequence[str]) -> None:
+    """Refuses a record whose bytes were taken with other settings."""
+    for name in names:
+        was, now = getattr(record, name), getattr(settings, name)
+        if was != now:
+            kind = type(record).__name__.lower()
+            raise ConfigError(f"the {kind} was made for {name}={was!r}, this is {name}={now!r}; make the {kind} again")
+
+
 def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: int, device: torch.device) -> Plan:
     made = plan if isinstance(plan, Plan) else Plan.load(plan)
     if not made.blocks or not all(b.units for b in made.blocks):
@@ -308,6 +327,7 @@ def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: in
             "the plan was made for a device with memory of its own, on the CPU all weights share the budget; "
             "make it with device='cpu' and without device_memory"
         )
+    _check_made_for(made, settings, ("optimizer", "precision"))
     names = tuple(s.name for s in cut.stages)
     if made.stages != names:
         raise ConfigError(f"the plan was made for stages {made.stages}, the model has {names}; make the plan again")

@@ -27,7 +27,18 @@ from nf_engine.profiler import (
     profile_stages,
     profile_unit,
 )
-from nf_engine.records import BlockPlan, CachePlan, Line, Plan, Profile, TierProbe, UnitPlan, format_bytes
+from nf_engine.records import (
+    IMAGE_SLOTS,
+    BlockPlan,
+    CachePlan,
+    Line,
+    Plan,
+    Profile,
+    TierProbe,
+    UnitPlan,
+    format_bytes,
+    image_bytes,
+)
 from nf_engine.stages import Cut
 from nf_engine.tier_probe import PROBE_SECONDS, probe_tiers
 from nf_engine.tiers import choose_tier
@@ -71,11 +82,16 @@ class Planner:
         batch_sizes: Sequence[int] = BATCHES,
         budget: int | None = None,
         together: bool | None = None,
+        in_memory: bool = True,
     ) -> None:
-        """together: resting weights share the budget; where None, if the device is the CPU."""
+        """together: resting weights share the budget; where None, if the device is the CPU.
+
+        in_memory: the training images are one array, no Dataset.
+        """
         self.cut, self.preprocess, self.uint8 = cut, preprocess, uint8
         self.device, self.samples, self.folder = device, samples, folder
         self.together = device is not None and device.type == "cpu" if together is None else together
+        self._may_reside = uint8 and in_memory and not self.together
         self._probed: TierProbe | None = None
         self._profiled = partial(
             profile_stages,
@@ -159,7 +175,7 @@ class Planner:
             made = self._with_peaks(made, where)
             excess = made.peak - made.allowed - slack
             if excess <= 0:
-                return replace(made, allowed=made.allowed + slack)
+                return self._with_images(replace(made, allowed=made.allowed + slack))
             slack += excess
         raise InfeasibleBudgetError(
             f"no plan settled under {format_bytes(budget)} ({budget} bytes) in {ROUNDS} rounds; "
@@ -198,7 +214,14 @@ class Planner:
             size = forward_batch(costs, made, block)
             blocks[k] = replace(block, cache=choose_tier(self.profile, self.settings, made, k, probe, size))
             made = replace(made, blocks=tuple(blocks))
-        return replace(made, host_bytes=max(_host_bytes(b.cache) for b in blocks), probe=probe)
+        host_bytes = max(_host_bytes(b.cache) + self._pinned_bytes(b) for b in blocks)
+        return replace(made, host_bytes=host_bytes, probe=probe)
+
+    def _pinned_bytes(self, block: BlockPlan) -> int:
+        """Host memory in which batches of images wait for the device."""
+        if self.together or not block.reads_images:
+            return 0
+        return IMAGE_SLOTS * block.batch * self.profile.image
 
     def _probe(self, made: Plan) -> TierProbe | None:
         """Rates and rooms of the tiers, measured once, with the largest samples that the plan caches."""
@@ -238,6 +261,19 @@ class Planner:
         )
         most = max(b.peak for b in blocks)
         return replace(made, blocks=blocks, bounds=replace(made.bounds, plan=most))
+
+    def _with_images(self, made: Plan) -> Plan:
+        """The plan with all images on the device while a block reads them, where that fits beside all that it holds.
+
+        They get what caches on the device leave: a cached sample has more bytes than its image, and prefetching hides
+        the copies of images. The slots stay counted, held-out images come through them. Nothing else changes.
+        """
+        size = image_bytes(self.cut.input_shape, self.samples)
+        if not self._may_reside or any(b.reads_images and b.peak + size > made.allowed for b in made.blocks):
+            return made
+        blocks = tuple(replace(b, peak=b.peak + size) if b.reads_images else b for b in made.blocks)
+        made = replace(made, blocks=blocks, resident_images=size)
+        return replace(made, bounds=replace(made.bounds, plan=made.peak))
 
 
 def _host_bytes(cache: CachePlan) -> int:

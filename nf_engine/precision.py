@@ -50,6 +50,7 @@ class LossScale:
         """optimizer: fused, so that it leaves an update out on the device; where its parameters will train."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         one = torch.ones((), device=parameters[0].device)
+        self._optimizer = optimizer
         self._scaler = torch.amp.GradScaler(one.device.type)
         self._scaler.scale(one)  # makes its state now: a CUDA graph must find it where it stays
         if optimizer.defaults.get("momentum"):
@@ -71,6 +72,8 @@ class LossScale:
     def forget_step(self) -> None:
         """After a step that broke off, the next one begins as any other."""
         self._scaler._per_optimizer_states.clear()
+        for name in ("grad_scale", "found_inf"):  # GradScaler takes them back only where the update went well
+            self._optimizer.__dict__.pop(name, None)
 
     def tensors(self) -> list[Tensor]:
         """Its state: the factor, and the updates since it last changed."""

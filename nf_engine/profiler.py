@@ -35,6 +35,7 @@ from nf_engine.precision import compute_dtype, forward
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import (
     ENGINE_SLOTS,
+    IMAGE_SLOTS,
     BlockPlan,
     HeadProfile,
     HeadSpec,
@@ -343,6 +344,7 @@ def _profile_stage(
         flops=flops,
         seconds=None,
         forward_seconds=None,
+        rerun_seconds=None,
         head=head,
     )
     return record, bool(points[0]["saves_output"])
@@ -414,12 +416,14 @@ def profile_stages(
         torch=str(torch.__version__),
         optimizer=config.optimizer,
         augment=config.augment,
+        precision=config.precision,
         input_shape=cut.input_shape,
         classes=cut.classes,
         input=compute_dtype(config).itemsize * math.prod(cut.input_shape),
         batch_sizes=tuple(batch_sizes),
         loading=_loading(cut, preprocess, uint8, batch_sizes, where),
         stages=tuple(stages),
+        image=(1 if uint8 else 4) * math.prod(cut.input_shape) + 16,
     )
 
 
@@ -436,7 +440,7 @@ def _timed_sizes(stage: StageProfile, room: int | None) -> tuple[int, int, int]:
 def _with_seconds(
     cut: Cut, number: int, stage: StageProfile, config: TrainConfig, device: torch.device, room: int | None
 ) -> StageProfile:
-    """The record with measured seconds of training step, eval forward and head, at three batch sizes."""
+    """The record with measured seconds of training step, both forwards and head, at three batch sizes."""
     sizes = _timed_sizes(stage, room)
     shape = cut.stages[number - 1].output_shape if number else cut.input_shape
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -444,7 +448,7 @@ def _with_seconds(
         head = make_head(cut, stage.head.spec, number, config)
         head = copy.deepcopy(head) if stage.head.spec.kind == "classifier" else head
         head = placed(head, device)
-        times: dict[str, list[float]] = {"train": [], "forward": [], "head": []}
+        times: dict[str, list[float]] = {"train": [], "rerun": [], "forward": [], "head": []}
         for batch in sizes:
             x = torch.rand(batch, *shape, device=device).to(compute_dtype(config), memory_format=LAYOUT)
             x.requires_grad_(number > 0)
@@ -454,6 +458,7 @@ def _with_seconds(
             dh = torch.rand_like(h)
             head.train()
             times["train"].append(seconds_of(partial(_forward_backward, body, x, dh), device))
+            times["rerun"].append(seconds_of(partial(forward, body, x), device))
             times["head"].append(seconds_of(partial(_head_step, head, h, labels), device))
             body.eval()
             with torch.no_grad():
@@ -463,6 +468,7 @@ def _with_seconds(
         stage,
         seconds=lines["train"],
         forward_seconds=lines["forward"],
+        rerun_seconds=lines["rerun"],
         head=replace(stage.head, seconds=lines["head"]),
     )
 
@@ -557,11 +563,12 @@ def block_peak(
     overhead: int,
     together: bool,
 ) -> int:
-    """Peak bytes of a block as the worker runs it: two training steps, then an eval step that scores and writes.
+    """Peak bytes of a block as the worker runs it: training steps, then an eval step that scores and writes.
 
     Args:
         overhead: bytes of weights beside the block; those that the block itself uses are not counted twice.
-        together: host memory is the device's (the CPU), where the slots of the cache engine are not budgeted.
+        together: host memory is the device's (the CPU), where the slots of the cache engine are not budgeted, and
+            images come without any.
     """
     first, last = block.first, block.last
     modules = [s.module for s in cut.stages[first : last + 1]]
@@ -596,10 +603,12 @@ def block_peak(
             unit.head.train()
 
         def load(images: Tensor, size: int) -> Tensor:
-            return preprocess(images[:size].to(where), torch.arange(size), stream=0)
+            return preprocess(images[:size], torch.arange(size), stream=0)
 
-        def inputs() -> Tensor:
-            images = torch.ones(block.batch, *cut.input_shape, dtype=kind)
+        def image_slots(count: int) -> Tensor:
+            return torch.ones(count, block.batch, *cut.input_shape, dtype=kind, device=where)
+
+        def inputs(images: Tensor) -> Tensor:
             if not prefix:
                 return load(images, block.batch)
             size = block.cache.forward_batch
@@ -609,21 +618,32 @@ def block_peak(
 
         def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
             cached = bool(first) and not prefix
+            arriving = None if cached or together else image_slots(IMAGE_SLOTS)
+            ids = torch.zeros(0 if arriving is None else IMAGE_SLOTS, 2, block.batch, dtype=torch.int64, device=where)
             ring = slots(stored_bytes(shape, dtype)) if cached and not together else None
             buffer = loose
             if buffer is None:
                 buffer = _ones(block.batch, shape, where, computed) if cached else None
+            held: list[Tensor] = []
+
+            def arrived(waiting: Tensor | None) -> Tensor:
+                if cached and buffer is not None:
+                    return buffer
+                x = inputs(image_slots(1)[0] if waiting is None else waiting[0])
+                if together:
+                    return x
+                # A recorded step reads every batch where it found the first; whoever brought this one has it still.
+                held[:] = [held[0].copy_(x) if held else x, x]
+                return held[0]
+
             for _ in range(count):
                 if cached and dtype == "u8" and computed != torch.float32:  # values are float32 before they are rounded
                     values = make_codec(dtype, _chw(shape), channels_last=True).transient_bytes(block.batch)
                     torch.empty(values, dtype=torch.uint8, device=where)
-                yield (
-                    (buffer if cached and buffer is not None else inputs()),
-                    torch.zeros(block.batch, dtype=torch.int64, device=where),
-                )
-            del ring
+                yield arrived(arriving), torch.zeros(block.batch, dtype=torch.int64, device=where)
+            del ring, arriving, ids
 
-        train_block(units, batches(2), torch.zeros(len(units), device=where))
+        train_block(units, batches(2 if together else 3), torch.zeros(len(units), device=where))
         host = torch.arange(block.batch)
         evaluated = (Batch(x, y, host, host) for x, y in batches(1))
 

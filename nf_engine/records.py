@@ -144,7 +144,8 @@ class StageProfile(Record):
     loose: bytes of its output where it does not keep it itself.
     transient: peak of forward and backward of the stage alone, above input and kept.
     forward: peak of forward in eval mode without gradients, above its input.
-    flops: of one sample's forward; seconds: of forward and backward; forward_seconds: of an eval forward.
+    flops: of one sample's forward; seconds: of forward and backward; forward_seconds: of an eval forward;
+        rerun_seconds: of a forward in train mode, what running the stage again costs.
     head: the head that a unit ending here would get.
     """
 
@@ -163,6 +164,7 @@ class StageProfile(Record):
     flops: int
     seconds: Line | None
     forward_seconds: Line | None
+    rerun_seconds: Line | None
     head: HeadProfile
 
 
@@ -172,6 +174,7 @@ class Profile(Record):
 
     loading: peak of bringing a batch of images to the device, augmented and normalised.
     input: bytes of one sample as the first stage reads it.
+    image: bytes of one sample on its way to a device: the image as stored, its label and its id.
     """
 
     model: str
@@ -179,12 +182,14 @@ class Profile(Record):
     torch: str
     optimizer: str
     augment: str
+    precision: str
     input_shape: tuple[int, ...]
     classes: int
     input: int
     batch_sizes: tuple[int, ...]
     loading: Line
     stages: tuple[StageProfile, ...]
+    image: int = 0
 
     def table(self) -> str:
         """One row a stage: output shape, parameters, bytes a sample, largest residual, milliseconds a sample."""
@@ -217,6 +222,7 @@ class UnitPlan(Record):
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 ENGINE_SLOTS = 2  # batches as stored that wait on a device, on the way to a cache file, and on the way back
+IMAGE_SLOTS = 2  # batches of images on a device, one in use while the next one arrives
 WINDOW = 64 * 2**20  # bytes of a cache that are mixed with each other while it is read
 
 
@@ -224,6 +230,11 @@ def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of one cached sample (C, ...); "u8" holds 8 bytes a channel and one a value, up to a multiple of 16."""
     values = math.prod(shape)
     return -(-(8 * shape[0] + values) // 16) * 16 if dtype == "u8" else values * ITEM_BYTES[dtype]
+
+
+def image_bytes(shape: tuple[int, ...], samples: int) -> int:
+    """Bytes of uint8 images (C, H, W) on a device, with their labels and the order of an epoch, both int64."""
+    return samples * (math.prod(shape) + 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +300,10 @@ class BlockPlan(Record):
     def last(self) -> int:
         return self.units[-1].last
 
+    @property
+    def reads_images(self) -> bool:
+        return self.cache.tier in ("images", "recompute")
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds(Record):
@@ -309,6 +324,8 @@ class Plan(Record):
     """What will be trained, in which pieces, with how much memory.
 
     overhead: bytes resident beside every block; probe: the rates that the tiers were chosen by, where any was measured.
+    resident_images: bytes of all training images where they lie on the device while a block reads them, part of the
+        peaks of such blocks; 0: batches of them come from host memory.
     """
 
     model: str
@@ -326,6 +343,9 @@ class Plan(Record):
     epoch_seconds: float | None
     warnings: tuple[str, ...]
     probe: TierProbe | None = None
+    resident_images: int = 0
+    optimizer: str = "sgd"
+    precision: str = "32-true"
 
     @property
     def peak(self) -> int:
@@ -365,6 +385,8 @@ class Plan(Record):
         )
         if self.epoch_seconds is not None:
             rows.append(f"an epoch of every block: {self.epoch_seconds:.3g} s of computing predicted")
+        if self.resident_images:
+            rows.append(f"all images lie on the device while a block reads them: {format_bytes(self.resident_images)}")
         for number, unit in enumerate(self.units):
             if not unit.starts:
                 continue

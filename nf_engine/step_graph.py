@@ -15,6 +15,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs (warm-u
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -50,6 +51,10 @@ class Recorder(Protocol):
         """No step of this run is recorded any more."""
         ...
 
+    def note(self, text: str) -> None:
+        """Told when the steps of a block stay eager."""
+        ...
+
     @property
     def is_roomy(self) -> bool:
         """Whether an eval pass fits beside the recording."""
@@ -63,8 +68,8 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device, note: Callable[[str], None]) -> None:
-        """note: told the reason when steps are eager from here on."""
-        self._device, self._note = device, note
+        """note: told the reason when steps are eager."""
+        self._device, self.note = device, note
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool = 0
         self.refusal: str | None = None
@@ -91,7 +96,7 @@ class CudaRecorder:
 
     def refuse(self, reason: str) -> None:
         self.refusal = reason
-        self._note(f"training steps are not recorded as a CUDA graph: {reason}")
+        self.note(f"training steps are not recorded as a CUDA graph: {reason}")
 
     @property
     def is_roomy(self) -> bool:
@@ -135,14 +140,15 @@ class StepGraph:
         try:
             with _capturable(self._units):
                 self._recorder.record(partial(train_block, self._units, [(x, labels)], self._losses))
+        except torch.OutOfMemoryError:  # there is none for a pool beside the rest: this block does without
+            self._to_warm = sys.maxsize
+            self._recorder.note(f"block of {len(self._units)} units: no memory to record its step, it stays eager")
         except RuntimeError as error:
-            first = error.__context__ or error  # ending a broken recording fails too, and says less
-            reason = str(first).strip().partition("\n")[0] or type(first).__name__
+            self._recorder.refuse(_reason(error))
         else:
             return True
         for unit in self._units:
             unit.forget_step()
-        self._recorder.refuse(reason)
         return False
 
     def end_epoch(self) -> None:
@@ -150,6 +156,12 @@ class StepGraph:
         if self._inputs is not None and not self._recorder.is_roomy:
             self._inputs = None
             self._recorder.release()
+
+
+def _reason(error: BaseException) -> str:
+    """A name for the exception would keep what the failed step holds alive, through its frames."""
+    first = error.__context__ or error  # ending a broken recording fails too, and says less
+    return str(first).strip().partition("\n")[0] or type(first).__name__
 
 
 def _groups(units: Sequence[Unit]) -> Iterator[dict[str, object]]:

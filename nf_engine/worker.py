@@ -12,8 +12,10 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +28,15 @@ from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
 from nf_engine.device import LAYOUT, TensorBytes, watched
 from nf_engine.errors import NonFiniteError
+from nf_engine.feed import Feed, Piece, feed_to
 from nf_engine.local_step import Unit, train_block
 from nf_engine.precision import forward
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import WINDOW, BlockPlan
 from nf_engine.step_graph import Recorder, StepGraph
 from nf_engine.storage import ActivationCache, CacheGeometry, sample_order
+
+T = TypeVar("T")
 
 
 def counter_key(*parts: object) -> int:
@@ -69,12 +74,13 @@ class ImageInputs:
     """Images through the finished blocks: the inputs of the first block, and those of a recomputed one.
 
     Attributes:
-        data: host images. preprocess: augmentation and normalisation, on the device.
+        data: images. preprocess: augmentation and normalisation, on the device.
         prefix: finished stages in eval mode on the device; empty for the first block.
         forward_batch: samples that go through the prefix at a time.
         order: ids in the order that the file of a cache of these inputs would have, so that the tier changes time, not
             numbers; None for the first block: full shuffles.
         geometry: of that cache; its dtype rounds the recomputed inputs as the cache would.
+        feed: how the images come to the device; None: as suits it.
     """
 
     data: ImageData
@@ -88,6 +94,7 @@ class ImageInputs:
     geometry: CacheGeometry | None = None
     copies: int = 1
     window: int = WINDOW
+    feed: Feed | None = None
 
     @property
     def samples(self) -> int:
@@ -102,31 +109,36 @@ class ImageInputs:
         return np.random.Generator(np.random.Philox(key=key)).permutation(self.samples)
 
     def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        ids = self.order_ids()[self.positions(pass_key(self.seed, self.block, epoch))]
-        for k in range(len(ids) // batch):
-            part = torch.from_numpy(ids[k * batch : (k + 1) * batch])
-            yield self._load(part, epoch)
+        ids = torch.from_numpy(self.order_ids()[self.positions(pass_key(self.seed, self.block, epoch))])
+        full = ids.split(batch)[: len(ids) // batch]  # type: ignore[no-untyped-call]
+
+        def load(piece: Piece) -> tuple[Tensor, Tensor]:
+            return self.prepare(piece.images, piece.ids, epoch), piece.labels
+
+        yield from self._loaded(full, load)
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
-        ids = self.order_ids() if key is None else self.order_ids()[self.positions(key)]
+        ids = torch.from_numpy(self.order_ids() if key is None else self.order_ids()[self.positions(key)])
         for copy in range(self.copies):
-            for part in torch.from_numpy(ids).split(batch):  # type: ignore[no-untyped-call]
-                x, labels = self._load(part, WRITE_STREAM + copy)
-                yield Batch(x, labels, part, torch.full_like(part, copy))
+            yield from self._loaded(ids.split(batch), partial(self._batch, copy))  # type: ignore[no-untyped-call]
 
-    def _load(self, ids: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.data.batch(ids)
-        return self.prepare(images, ids, stream), labels.to(self.device, non_blocking=True)
+    def _batch(self, copy: int, piece: Piece) -> Batch:
+        x = self.prepare(piece.images, piece.ids, WRITE_STREAM + copy)
+        return Batch(x, piece.labels, piece.host_ids, torch.full_like(piece.host_ids, copy))
+
+    def _loaded(self, parts: Sequence[Tensor], load: Callable[[Piece], T]) -> Iterator[T]:
+        feed = self.feed or feed_to(self.device, self.data)
+        with closing(feed.pieces(parts)) as pieces:
+            yield from map(load, pieces)  # a loop would hold on to the images while the reader works
 
     def prepare(self, images: Tensor, ids: Tensor, stream: int) -> Tensor:
-        """Host images (N, C, H, W) -> the block's inputs on the device."""
+        """Images (N, C, H, W) and their ids, on the device -> the block's inputs."""
         if not self.prefix:
-            return self.preprocess(images.to(self.device, non_blocking=True), ids, stream=stream)
+            return self.preprocess(images, ids, stream=stream)
         size = self.forward_batch or len(images)
 
         def load(start: int) -> Tensor:
-            part = images[start : start + size].to(self.device, non_blocking=True)
-            return self.preprocess(part, ids[start : start + size], stream=stream)
+            return self.preprocess(images[start : start + size], ids[start : start + size], stream=stream)
 
         return forward_prefix(self.prefix, load, len(images), size, self.geometry.dtype if self.geometry else "fp32")
 

@@ -59,7 +59,8 @@ def test_checks_are_ratios_of_the_rows():
         {"model": "m", "step": name, "ratio": ratio, "wall_to_kernels": gap}
         for name, ratio, gap in [
             ("backpropagation", 1.0, None), ("checkpointed", 1.3, None), ("one unit", 1.02, 1.5),
-            ("recomputed", 1.31, 2), ("two units", 1.04, 2), ("one unit, graph", 0.8, 1.03), ("two units, graph", 0.9, 1.06),
+            ("recomputed", 1.31, 2), ("two units", 1.04, 2), ("one unit, graph", 0.8, 1.03),
+            ("two units, graph", 0.9, 1.06),
         ]
     ]  # fmt: skip
     found = {name.removeprefix("m: "): (entry["value"], entry["ok"]) for name, entry in bench.checks(rows).items()}

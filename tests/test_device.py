@@ -14,11 +14,12 @@ from nf_engine.device import capped, free_bytes, room_bytes
 
 CUDA = torch.device("cuda", 0)
 GIB = 2**30
+WORKSPACES = 64 * 2**20
 
 
 class FakeStream:
-    def __init__(self, device=None):
-        self.waited = []
+    def __init__(self, device=None, priority=0):
+        self.waited, self.priority = [], priority
 
     def wait_stream(self, other):
         self.waited.append(other)
@@ -29,7 +30,7 @@ class FakeCuda:
 
     def __init__(self, total, reserved=0, fraction=1.0):
         self.total, self.reserved, self.fraction = total, reserved, fraction
-        self.default, self.current = FakeStream(), None
+        self.default, self.current, self.lowered = FakeStream(), None, fraction < 1
         self.current = self.default
         self.emptied = 0
 
@@ -46,6 +47,17 @@ class FakeCuda:
             "stream": self.stream,
         }.items():
             patch.setattr(torch.cuda, name, value)
+        patch.setattr("nf_engine.device.take_workspaces", self.take_workspaces)
+        patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
+
+    def take_workspaces(self, device):
+        """On the stream that the run has, and before the cap: they are held, not the budget's."""
+        assert self.current.priority == -1
+        assert self.fraction == 1.0 or self.lowered
+        self.reserved += WORKSPACES
+
+    def clear_workspaces(self):
+        self.reserved -= WORKSPACES
 
     def empty_cache(self):
         self.emptied += 1
@@ -73,9 +85,10 @@ def test_the_cap_is_never_above_the_budget_and_less_than_a_byte_per_gib_below(bu
         cuda.install(patch)
         patch.setattr("nf_engine.device.gc.collect", lambda: 0)  # a tenth of a second for each example
         with capped(CUDA, budget) as cap:
-            assert cuda.allowed <= budget + held
-            assert cuda.allowed >= min(budget + held, total) - 1
-            assert cap == (budget + held, held, 300 * 2**20)
+            assert cuda.allowed <= budget + held + WORKSPACES
+            assert cuda.allowed >= min(budget + held + WORKSPACES, total) - 1
+            assert cap == (budget + held + WORKSPACES, held + WORKSPACES, 300 * 2**20)
+        assert cuda.reserved == held
         assert cuda.fraction == 1.0
 
 
@@ -87,7 +100,7 @@ def test_the_cap_is_lifted_also_after_an_error_and_the_callers_stream_waits(monk
     def fail():
         with capped(CUDA, GIB):
             streams.append(cuda.current)
-            assert cuda.allowed == GIB
+            assert cuda.allowed == GIB + WORKSPACES
             raise ValueError("in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
@@ -106,7 +119,7 @@ def test_a_lower_cap_that_was_there_stays_and_comes_back(monkeypatch):
     with capped(CUDA, 8 * GIB):
         assert cuda.allowed == 4 * GIB
     with capped(CUDA, 2 * GIB):
-        assert cuda.allowed == 2 * GIB
+        assert cuda.allowed == 2 * GIB + WORKSPACES
     assert cuda.fraction == 0.25
 
 

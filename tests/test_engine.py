@@ -268,6 +268,18 @@ def test_a_given_plan_is_obeyed_without_profiling(tmp_path, digits):
         nf_engine.train(build("resnet18", width=0.125), *digits, plan=first.plan, output_dir=tmp_path / "c", **QUIET)
 
 
+@pytest.mark.parametrize(("name", "other"), [("optimizer", "adamw"), ("precision", "bf16-mixed"), ("augment", "flip")])
+def test_records_made_with_other_settings_are_refused(tmp_path, digits, name, other):
+    message = f"was made for {name}='{getattr(TrainConfig(), name)}', this is {name}='{other}'; make the"
+    if name != "augment":  # of which the blocks' bytes, measured whole, hold the augmentation of a batch alone
+        made = nf_engine.plan(build("vgg11", width=0.125), digits[0].shape, samples=570, memory_budget="64MiB")
+        with pytest.raises(ConfigError, match=message):
+            run(digits, tmp_path, plan=made, **{name: other})
+    profile = nf_engine.profile("vgg11", (3, 32, 32), measure_time=False)
+    with pytest.raises(ConfigError, match=message):
+        nf_engine.plan("vgg11", (3, 32, 32), memory_budget="96MiB", profile=profile, **{name: other})
+
+
 def test_a_plan_for_a_device_with_its_own_memory_is_refused_on_the_cpu(tmp_path, digits):
     network = build("vgg11", width=0.125)
     fields = {"memory_budget": "32MiB", "samples": 600, "batch_size": 64}

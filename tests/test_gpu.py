@@ -16,6 +16,7 @@ from nf_engine.config import TrainConfig
 from nf_engine.data import as_image_data, load_split
 from nf_engine.device import capped, placed, room_bytes
 from nf_engine.errors import NonFiniteError
+from nf_engine.feed import Gathered, Prefetched, Resident, feed_to
 from nf_engine.heads import AuxiliaryHead, ModuleHead
 from nf_engine.local_step import Unit, train_block
 from nf_engine.models import build
@@ -156,11 +157,11 @@ def units_of(config):
     return units
 
 
-def images_of(dtype=torch.float32, samples=32 * 12):
+def images_of(dtype=torch.float32, samples=32 * 12, resident=False):
     draw = np.random.default_rng(0)
     data = as_image_data((draw.integers(0, 256, (samples, 3, 32, 32), np.uint8), np.arange(samples) % 10))
     plain = Preprocess(Normalisation((120.0,) * 3, (60.0,) * 3), "crop-flip", 0, dtype)
-    return ImageInputs(data, plain, CUDA, 0)
+    return ImageInputs(data, plain, CUDA, 0, feed=Resident(data, CUDA) if resident else None)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -186,16 +187,18 @@ def test_a_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch, optimizer, p
     assert all(torch.equal(a, b) for a, b in zip(found["on"], found["off"], strict=True))
 
 
-def test_no_step_waits_for_the_device():
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("resident", [True, False])
+def test_no_step_waits_for_the_device(resident):
     units, losses = units_of(TrainConfig()), torch.zeros(2, device=CUDA)
     with capped(CUDA, 2**30):
         recorder = CudaRecorder(CUDA, pytest.fail)
         graph = StepGraph(units, losses, recorder)
         for replay in (graph, None):
-            source = images_of().train(0, 32)
+            source = images_of(resident=resident).train(0, 32)
             train_block(units, itertools.islice(source, WARM_UP + 1), losses, replay)
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 assert train_block(units, source, losses, replay) == 12 - WARM_UP - 1
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -246,3 +249,59 @@ def test_a_block_that_does_not_fit_its_cap_is_trained_with_a_smaller_batch(tmp_p
     assert all(m.reserved <= budget for m in tight.memory)
     events = [json.loads(line)["event"] for line in (tmp_path / "tight" / "log.jsonl").read_text().splitlines()]
     assert "out_of_memory" in events
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("way", ["prefetched", "resident"])
+def test_images_come_to_the_device_as_they_were_gathered(way, dtype):
+    draw = np.random.default_rng(0)
+    data = as_image_data((draw.integers(0, 256, (1111, 3, 64, 64)).astype(dtype), draw.integers(0, 10, 1111)))
+    assert isinstance(feed_to(CUDA, data), Prefetched)
+    feed = feed_to(CUDA, data) if way == "prefetched" else Resident(data, CUDA)
+    order = torch.from_numpy(draw.permutation(1111))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            dirty = torch.full((1 << 24,), 7, dtype=torch.uint8, device=CUDA)
+            torch.cuda._sleep(20_000_000)
+            dirty.fill_(9)
+            del dirty  # its memory is given to slots while the fill is still to run
+            for _ in range(2):
+                got = []
+                for piece in feed.pieces(order.split(100)):
+                    torch.cuda._sleep(200_000)  # the slot is still in use when the next batch could be copied
+                    got.append(tuple(t.clone() for t in piece[:3]))
+                joined = [torch.cat(parts).cpu() for parts in zip(*got, strict=True)]
+                (expected,) = Gathered(data).pieces([order])
+                assert all(torch.equal(a, b) for a, b in zip(joined, expected[:3], strict=True))
+
+
+def test_what_a_pass_that_was_left_early_has_under_way_hits_nobody():
+    data = as_image_data((np.zeros((512, 3, 128, 128), np.uint8), np.zeros(512, np.int64)))
+    for _ in range(20):
+        source = feed_to(CUDA, data).pieces(torch.arange(512).split(128))
+        next(source)
+        source.close()
+        ones = torch.ones(4, 128, 3, 128, 128, dtype=torch.uint8, device=CUDA)
+        assert bool(ones.all()), "a late copy would write zeros"
+        del ones
+
+
+def test_a_training_is_the_same_with_images_on_the_device_and_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    train, test = load_split("synthetic:1200")
+    fields = {"epochs": 2, "device": "cuda", "progress": "none", "cache": "recompute", "partition": "layerwise"}
+    fields = {**fields, "grouping_threshold": 0.0, "memory_budget": "64MiB"}
+
+    def run(name, plan=None):
+        torch.manual_seed(0)
+        network = build("vgg11", width=0.25)
+        return nf_engine.train(network, train, test, plan=plan, output_dir=tmp_path / name, **fields)
+
+    there = run("there")
+    assert there.plan.resident_images == 1200 * (3 * 32 * 32 + 16)
+    host = run("host", replace(there.plan, resident_images=0))
+    pairs = zip(there.model.state_dict().values(), host.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(there.memory, host.memory, strict=True):
+        assert b.allocated < a.allocated <= a.predicted * 1.02
+        assert a.reserved <= 64 * 2**20

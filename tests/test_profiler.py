@@ -194,9 +194,10 @@ def test_seconds_are_measured_on_a_device_only():
     assert all(s.seconds is None and s.head.seconds is None for s in bare.stages)
     _, _, timed = profile_of(network, device=CPU, batch_sizes=(2, 4, 8))
     for stage in timed.stages:
-        for line in (stage.seconds, stage.forward_seconds, stage.head.seconds):
+        for line in (stage.seconds, stage.forward_seconds, stage.rerun_seconds, stage.head.seconds):
             assert line is not None
             assert line.at(32) > 0
+        assert stage.rerun_seconds.at(8) < stage.seconds.at(8), "without backward"
 
 
 def test_a_fit_gives_back_a_line_and_its_residual():

@@ -58,6 +58,7 @@ def stage_profile(name, **changes):
         "flops": 99,
         "seconds": Line(0.001, 0.0125),
         "forward_seconds": None,
+        "rerun_seconds": None,
         "head": head_profile(),
     }
     return StageProfile(**{**fields, **changes})
@@ -69,6 +70,7 @@ PROFILE = Profile(
     torch="2.13.0",
     optimizer="sgd",
     augment="crop-flip",
+    precision="bf16-mixed",
     input_shape=(3, 32, 32),
     classes=10,
     input=12288,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -41,6 +43,9 @@ class StandIn:
     def release(self):
         self.releases += self.step is not None
         self.step = None
+
+    def note(self, text):
+        self.notes.append(text)
 
     def refuse(self, reason):
         self.refusal = reason
@@ -300,3 +305,44 @@ def test_graphs_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("NF_GRAPHS", "off")
     assert CudaRecorder(torch.device("cuda", 0), notes.append).refusal == "NF_GRAPHS=off"
     assert notes == ["training steps are not recorded as a CUDA graph: NF_GRAPHS=off"]
+
+
+def test_a_block_without_memory_for_a_recording_stays_eager_and_the_next_one_is_recorded():
+    def fail():
+        activations = torch.ones(1)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    held = []
+    recorder = StandIn(fails=fail)
+    units, losses = units_of(TrainConfig()), torch.zeros(2)
+    graph = StepGraph(units, losses, recorder)
+    graph.rate.fill_(TrainConfig().lr)
+    torch.manual_seed(5)
+    train_block(units, batches_of(7), losses, graph)
+    assert (recorder.records, recorder.replays, recorder.refusal) == (1, 0, None)
+    assert len(recorder.notes) == 1
+    assert held[0]() is None, "what the failed step holds is gone without the garbage collector"
+    twin, sums = units_of(TrainConfig()), torch.zeros(2)
+    torch.manual_seed(5)
+    train_block(twin, batches_of(7), sums)
+    assert torch.equal(losses, sums)
+    recorder.fails = None
+    train_block(units, batches_of(7), losses, StepGraph(units, losses, recorder))
+    assert (recorder.records, recorder.replays) == (2, 4)
+
+
+def test_a_recording_that_fails_keeps_nothing_alive():
+    def fail():
+        activations = torch.ones(1)
+        held.append(weakref.ref(activations))
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    held = []
+    units, losses = units_of(TrainConfig()), torch.zeros(2)
+    gc.disable()
+    try:
+        train_block(units, batches_of(5), losses, StepGraph(units, losses, StandIn(fails=fail)))
+        assert held[0]() is None
+    finally:
+        gc.enable()
