@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench import bench_peers
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
@@ -136,7 +138,48 @@ def head_kinds() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed and memory": speed_and_memory, "cache": cache, "head kinds": head_kinds}
+def peers() -> str:
+    """The runs of bench_peers; those that would repeat another are left out."""
+    rows = [r for r in load("peers")["rows"] if "same_as" not in r]
+    goal = bench_peers.reference(rows, rows[0])
+    lines = [
+        "| budget | training | batches | s an epoch | s to the accuracy | accuracy, % | peak, MB | of the budget |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        budget = row["budget_bytes"]
+        name = "none" if budget is None else f"{row['budget']}, {budget / 1e6:.1f} MB"
+        cells = [name, row["arm"], "does not fit", "", "", "", "", ""]
+        if row["fits"]:
+            reached = bench_peers.seconds_to(row, goal)
+            cells[2:] = [
+                ", ".join(map(str, dict.fromkeys(row["batches"]))) + bench_peers.parts(row),
+                f"{row['epoch_seconds']:.2f}", "-" if reached is None else f"{reached:.1f}",
+                f"{100 * row['accuracy']:.1f}", f"{row['peak'] / 1e6:.1f}", "-" if budget is None else f"{row['peak'] / budget:.2f}",
+            ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def step() -> str:
+    """Ratios of CPU time to a plain loop, medians of the rounds."""
+    rows = load("step")["rows"]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = ["| step | " + " | ".join(models) + " |", "|" + " --- |" * (len(models) + 1)]
+    for name in dict.fromkeys(r["step"] for r in rows):
+        of = {r["model"]: f"{r['ratio']:.2f}" for r in rows if r["step"] == name}
+        lines.append("| " + " | ".join([name, *(of[m] for m in models)]) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "speed and memory": speed_and_memory,
+    "step": step,
+    "peers": peers,
+    "cache": cache,
+    "head kinds": head_kinds,
+}
 
 
 def filled(text: str) -> str:

@@ -57,7 +57,7 @@ class TrainConfig:
         split_points: names of modules after which to cut; empty: at every single-tensor point.
         grouping_threshold: layerwise: stages join a block while their largest batches differ by less than this share.
         max_units: windows: most units with their own local loss, before one unit a stage is tried.
-        prefer: windows: "speed" takes the fewest units among plans that are predicted to be within 5 % of the fastest,
+        prefer: windows: "speed" takes the fewest units among plans that are predicted to be within 3 % of the fastest,
             "accuracy" the fewest units, however many stages they run twice for it.
         recompute: windows: units may run stages again in their backward, to save what these would keep.
         batch_size: samples a step in every block; "auto": windows trains at 128, or at the largest halving of it that

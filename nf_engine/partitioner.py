@@ -27,7 +27,7 @@ BATCH_STEP = 8  # batches between those are multiples of it
 LEAST_BATCH = 16  # below it BatchNorm is noise: more units are tried before
 MIN_STEPS = 50  # an epoch in fewer steps trains too little, whatever fits
 MAX_LR = 8.0  # times the lr at batch 128
-SLOWER = 1.05  # times the fastest plan's work: so much may a plan with fewer units cost
+SLOWER = 1.03  # times the fastest plan's work: so much may a plan with fewer units cost
 
 
 def cache_bytes(costs: Costs, blocks: list[Spans], config: TrainConfig, samples: int) -> int:

@@ -43,7 +43,7 @@ def stage(
         flops=1,
         seconds=Line(0, 1e-3),
         forward_seconds=Line(0, 4e-4),
-        rerun_seconds=Line(0, 2e-4),
+        rerun_seconds=Line(0, 1e-4),
         head=own,
     )
 
@@ -173,7 +173,7 @@ def test_windows_that_recompute_equal_brute_force(seed, prefer):
         units = [u for b in blocks for u in b]
         stored = sum(profile.stages[b[-1][1]].output // 2 * SAMPLES for b in blocks[:-1])
         seconds = count * 1e-3 + 1e-6 * len(units)
-        seconds += sum(2e-4 * (starts[-1] - i) for i, _, starts in units if starts)
+        seconds += sum(1e-4 * (starts[-1] - i) for i, _, starts in units if starts)
         return stored, round(seconds, 12), any(u[2] for u in units)
 
     best = {}  # by number of units: cache bytes, seconds of a sample, whether anything runs twice
