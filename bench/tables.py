@@ -155,7 +155,8 @@ def peers() -> str:
             cells[2:] = [
                 ", ".join(map(str, dict.fromkeys(row["batches"]))) + bench_peers.parts(row),
                 f"{row['epoch_seconds']:.2f}", "-" if reached is None else f"{reached:.1f}",
-                f"{100 * row['accuracy']:.1f}", f"{row['peak'] / 1e6:.1f}", "-" if budget is None else f"{row['peak'] / budget:.2f}",
+                f"{100 * row['accuracy']:.1f}", f"{row['peak'] / 1e6:.1f}",
+                "-" if budget is None else f"{row['peak'] / budget:.2f}",
             ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
