@@ -129,7 +129,9 @@ def pick(stages: Sequence[tuple[str, Shape, float]], cut: int, probe: TierProbe,
         )
         for name, shape, seconds in stages
     )  # fmt: skip
-    profile = Profile("bench", "cpu", torch.__version__, "sgd", "none", "32-true", (3, 32, 32), 10, 0, (64,), none, profiles)
+    profile = Profile(
+        "bench", "cpu", torch.__version__, "sgd", "none", "32-true", (3, 32, 32), 10, 0, (64,), none, profiles
+    )  # fmt: skip
     images = CachePlan("images", "uint8", 1, 0, {}, "")
     blocks = tuple(
         BlockPlan((UnitPlan(first, last, spec, "reference", 0),), 64, 0.1, 0, 0.0, images)
