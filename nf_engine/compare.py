@@ -316,17 +316,20 @@ def _recorder(device: torch.device) -> Recorder | None:
 def largest_batch(peak: Callable[[int], float], budget: float, most: int) -> int:
     """The largest batch in 1..most whose measured peak fits the budget, within 2 %; 0 if there is none.
 
-    Peaks are nearly straight lines of the batch, so each guess lies on the line between the two nearest known sizes.
+    Peaks are nearly straight lines of the batch, so a guess lies on the line between the two nearest known sizes; where
+    that did not halve what is left, the next one lies in the middle.
     """
     if peak(most) <= budget:
         return most
     low, high = 1, most
     if peak(low) > budget:
         return 0
-    while high - low > max(1, low // 50):
-        share = (budget - peak(low)) / (peak(high) - peak(low))
-        middle = min(max(int(low + share * (high - low)), low + 1), high - 1)
+    halve = False
+    while (width := high - low) > max(1, low // 50):
+        share = 0.5 if halve else (budget - peak(low)) / (peak(high) - peak(low))
+        middle = min(max(int(low + share * width), low + 1), high - 1)
         low, high = (middle, high) if peak(middle) <= budget else (low, middle)
+        halve = not halve and 2 * (high - low) > width
     return low
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nf_engine import compare
@@ -252,6 +252,7 @@ def test_accuracies_after_each_epoch_are_off_the_training():
     most=st.integers(2, 600),
     share=st.floats(0, 1.2),
 )
+@example(fixed=0, slope=1, bend=500, most=41, share=0.25)
 def test_the_largest_batch_fits_and_hardly_a_larger_one_does(fixed, slope, bend, most, share):
     calls = []
 
@@ -267,7 +268,7 @@ def test_the_largest_batch_fits_and_hardly_a_larger_one_does(fixed, slope, bend,
         assert found == 0
     else:
         assert max(fits) - max(1, max(fits) // 50) < found <= max(fits)
-    assert len(set(calls)) <= 12
+    assert len(set(calls)) <= (8 if bend == 0 else 20)
 
 
 def test_an_arm_that_cannot_be_is_refused():
