@@ -1,7 +1,7 @@
 """Partitioner: profile and budget in, plan out. Arithmetic only; no torch, no device, no randomness.
 
 `layerwise` joins stages whose largest batches are alike. `windows` takes the fewest units that fit at the target batch;
-a unit may run stages twice to fit, where that is no slower than more units, or where accuracy is preferred.
+a unit may run stages twice to fit, where that is hardly slower than more units, or where accuracy is preferred.
 Both searches are exact over the costs of costs.py.
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Partitioner); the algorithms are ours, the paper's text
 was not available.
