@@ -37,6 +37,7 @@ test-cpp: $(STAMP)
 	$(call build-cpp,plain)
 	$(CPP_BUILD)/plain/format_test
 	$(CPP_BUILD)/plain/fake_cuda_test
+	$(CPP_BUILD)/plain/alloc_test --folder $(CPP_FOLDER)
 	$(CPP_BUILD)/plain/engine_test --folder $(CPP_FOLDER) --seeds 60
 
 # Every report ends the program with a status that is not 0.
@@ -51,6 +52,7 @@ test-asan: $(STAMP)
 	$(call build-cpp,address,-DNF_SANITIZE=address)
 	$(CPP_BUILD)/address/format_test
 	$(CPP_BUILD)/address/fake_cuda_test
+	$(CPP_BUILD)/address/alloc_test --folder $(CPP_FOLDER)
 	$(CPP_BUILD)/address/engine_test --folder $(CPP_FOLDER) --seeds $(SEEDS)
 	@echo "0 reports of AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer"
 

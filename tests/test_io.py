@@ -11,12 +11,15 @@ import errno
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import mmap
 import os
 import random
 import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -236,12 +239,113 @@ def fork(cache: types.ModuleType, path: str) -> dict[str, Any]:
 
 
 def hold_lock(cache: types.ModuleType, path: str) -> dict[str, Any]:
+    """Held by this process, whose own child, which outlives it, has no copy; `held` says the child's number."""
     folder = cache.io.Folder(path)
     lock = folder.lock("LOCK")
-    Path(path, "held").touch()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    Path(path, "held.tmp").write_text(str(child))
+    Path(path, "held.tmp").rename(Path(path, "held"))
     time.sleep(60)
     lock.release()
     return {}
+
+
+def race(cache: types.ModuleType, path: str, rounds: int = 200, racers: int = 4) -> dict[str, Any]:
+    """Processes that ask for the lock at the same moment; the winner is killed while it holds it."""
+
+    def ask(start: int, says: int) -> None:
+        folder = cache.io.Folder(path)
+        os.read(start, 1)
+        try:
+            lock = folder.lock("LOCK")
+        except OSError as error:
+            os.write(says, b"%d loses \n" % os.getpid() if error.errno == errno.EWOULDBLOCK else b"0 fails\n")
+            os._exit(0)
+        os.write(says, b"%d wins \n" % os.getpid())
+        time.sleep(60)
+        lock.release()
+
+    seen: Counter[str] = Counter()
+    for _ in range(rounds):
+        start, go = os.pipe()
+        hears, says = os.pipe()
+        children = []
+        for _ in range(racers):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.close(go)
+                ask(start, says)
+        os.close(start)
+        os.close(go)  # every racer's read ends
+        os.close(says)
+        answers = ""
+        while answers.count("\n") < racers and (more := os.read(hears, 4096)):
+            answers += more.decode()
+        os.close(hears)
+        numbers = dict(line.split()[::-1] for line in answers.splitlines())
+        results = Counter(line.split()[1] for line in answers.splitlines())
+        seen["one winner"] += results == {"wins": 1, "loses": racers - 1}
+        for child in children:
+            if str(child) == numbers.get("wins"):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        folder = cache.io.Folder(path)
+        folder.lock("LOCK").release()
+        folder.close()
+        seen["free after the kill"] += 1
+    return {**seen, "rounds": rounds, "racers": racers}
+
+
+def odd_sizes(cache: types.ModuleType, path: str) -> dict[str, Any]:
+    """The buffered path alone: pieces of odd sizes written, appended and read back at odd offsets."""
+    folder = cache.io.Folder(path)
+    file = folder.create("odd.tmp", direct=False)
+    file.reserve(len(ODD))
+    for begin, end in itertools.pairwise(ODD_CUTS):
+        file.write(begin, ODD[begin:end])
+    file.fsync()
+    file.close()
+    folder.rename("odd.tmp", "odd.json")
+    file = folder.append("odd.json")
+    file.write(len(ODD), b"tail that goes")
+    file.truncate(len(ODD) + 4)
+    back = bytearray(len(ODD) + 4)
+    for begin, end in ((0, 1), (1, 4098), (4098, len(back))):
+        file.read(begin, memoryview(back)[begin:end])
+    assert back == ODD + b"tail"
+    file.close()
+    folder.create("gone", direct=False).close()
+    folder.unlink("gone")
+    folder.fsync()
+    file = folder.open("odd.json", direct=False)
+    last = bytearray(7)
+    file.read(len(ODD) - 3, last)
+    assert last == ODD[-3:] + b"tail"
+    file.close()
+    folder.close()
+    return {}
+
+
+def filtered(cache: types.ModuleType, path: str) -> dict[str, Any]:
+    """The story where a seccomp filter answers every openat2 with the errno that NF_TEST_OPENAT2 says."""
+
+    class Filter(ctypes.Structure):
+        _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+    # Classic BPF: load the number of the call; unless it is openat2, skip the next; refuse; allow.
+    refuse = 0x50000 | int(os.environ["NF_TEST_OPENAT2"])
+    code = b"".join(
+        struct.pack("HBBI", *line)
+        for line in ((0x20, 0, 0, 0), (0x15, 0, 1, 437), (0x06, 0, 0, refuse), (0x06, 0, 0, 0x7FFF0000))
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    program = Filter(4, code)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
+        return {"skipped": os.strerror(ctypes.get_errno())}
+    return story(cache, path)
 
 
 def checksum(cache: types.ModuleType, path: str) -> dict[str, Any]:
@@ -380,6 +484,8 @@ def state(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+ODD = random.Random(9).randbytes(12_301)
+ODD_CUTS = (0, 1, 4096, 8193, 8200, 12_301)
 FINISHED = {"x.nfc": b"".join(CHUNKS) + LAST, "log.jsonl": LOG[:60]}
 
 
@@ -532,6 +638,39 @@ def test_one_byte_at_a_time_is_invisible(run, tmp_path):
         assert seen["result"] == "done"
         assert state(tmp_path / op) == FINISHED
         assert not log.exists()
+
+
+def test_short_and_interrupted_transfers_of_a_buffered_file_are_invisible(run, memory):
+    expected = {"odd.json": ODD + b"tail"}
+    log = memory / "odd.log"
+    assert run("odd_sizes", memory / "plain", log, NF_TESTING="1", NF_FAULT_LOG="9")["result"] == "done"
+    done = Counter(line.split()[0] for line in log.read_text().splitlines())
+    assert set(done) == set(OPS)
+    faults = [f"op={op}; sticky=1; mode=short:1" for op in ("pread", "pwrite")]
+    for op in ("pread", "pwrite"):
+        faults += [f"op={op}; n={n + 1}; mode=short:{b}" for n in range(done[op]) for b in (1, 6, 4095, 4096, 4097)]
+    for op in OPS:
+        # The descriptor of a close that fails is gone, so that only EINTR, which loses nothing, is no error there.
+        codes = (errno.EINTR,) if op == "close" else (errno.EINTR, errno.EAGAIN)
+        faults += [f"op={op}; n={n + 1}; mode=errno:{code}" for n in range(done[op]) for code in codes]
+    good = 0
+    for i, fault in enumerate(faults):
+        seen = run.fault(memory / str(i), fault, scene="odd_sizes")
+        assert (seen["result"], seen["leaked"]) == ("done", 0), (fault, seen)
+        assert state(memory / str(i)) == expected, fault
+        good += 1
+    print(f"short and interrupted transfers, buffered: {good}/{len(faults)} byte-identical")
+
+
+def test_openat2_opens_what_lies_below_a_folder_or_else_openat(run, tmp_path):
+    blocked = run("filtered", tmp_path / "used", NF_TEST_OPENAT2=str(errno.EXDEV))
+    if "skipped" in blocked:
+        pytest.skip(f"no system call filter here: {blocked['skipped']}")
+    assert (blocked["result"], blocked["op"], blocked["errno"]) == ("StorageError", "open", errno.EXDEV)
+    for code in (errno.ENOSYS, errno.EPERM, errno.E2BIG):
+        folder = tmp_path / str(code)
+        assert run("filtered", folder, NF_TEST_OPENAT2=str(code))["result"] == "done"
+        assert state(folder) == FINISHED
 
 
 def test_a_delay_delays(run, tmp_path):
@@ -710,10 +849,26 @@ def test_a_lock_has_one_holder_and_ends_with_its_process(run, tmp_path):
     os.kill(int(children[0]), signal.SIGKILL)
     assert run.process.stdout is not None
     assert json.loads(run.process.stdout.readline())["result"] == "SIGKILL"
-    lock = folder.lock("LOCK")
+    grandchild = int((tmp_path / "held").read_text())
+    try:
+        lock = folder.lock("LOCK")
+        os.kill(grandchild, 0)  # it lives, and holds nothing
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
     del lock
     folder.lock("LOCK").release()
     assert (tmp_path / "LOCK").stat().st_mode & 0o777 == 0o600
+
+
+def test_of_many_starts_at_once_one_has_the_lock(run, tmp_path):
+    seen = run("race", tmp_path / "a")
+    assert seen["result"] == "done", seen
+    rounds = seen["rounds"]
+    print(
+        f"start races of {seen['racers']}: one winner {seen['one winner']}/{rounds}, "
+        f"free after kill -9 of it {seen['free after the kill']}/{rounds}"
+    )
+    assert (seen["one winner"], seen["free after the kill"]) == (rounds, rounds)
 
 
 def test_a_forked_child_has_no_use_of_its_parents_objects(run, tmp_path):
@@ -767,6 +922,60 @@ def test_names_stay_inside_the_folder(tmp_path):
         folder.make_folder("Run 1")
 
 
+def test_a_folder_lists_and_describes_whatever_lies_in_it(tmp_path):
+    from nf_engine import _cache
+    from nf_engine.errors import CacheClosedError, StorageError
+
+    inside = tmp_path / "in"
+    inside.mkdir(mode=0o750)
+    names = ["b", "a file", "\u00e4", "\udcff\udcfe", "\U0001f600", ".hidden", "X" * 255]
+    for i, name in enumerate(names):
+        (inside / name).write_bytes(b"1" * i)
+    (inside / "link").symlink_to("b")
+    (inside / "twice").hardlink_to(inside / "a file")
+    os.mkfifo(inside / "pipe", 0o600)
+    (inside / "folder").mkdir()
+    (inside / "b").chmod(0o4640)
+    folder = _cache.io.Folder(str(inside))
+    for _ in range(2):  # each list begins at the start
+        assert folder.list() == sorted(os.listdir(inside))  # noqa: PTH208
+    for name in folder.list():
+        seen, true = folder.lstat(name), (inside / name).lstat()
+        facts = (seen.size, seen.links, seen.owner, seen.mode, seen.regular, seen.link)
+        kinds = (stat.S_ISREG(true.st_mode), stat.S_ISLNK(true.st_mode))
+        assert facts == (true.st_size, true.st_nlink, true.st_uid, stat.S_IMODE(true.st_mode), *kinds), name
+    seen = folder.open("b", direct=False).stat()
+    assert (seen.size, seen.links, seen.regular, seen.link, seen.mode) == (0, 1, True, False, 0o4640)
+    seen = folder.stat()
+    assert (seen.regular, seen.link, seen.owner, seen.mode) == (False, False, os.geteuid(), 0o750)
+    with pytest.raises(StorageError) as missing:
+        folder.lstat("missing")
+    assert (missing.value.op, missing.value.errno) == ("lstat", errno.ENOENT)
+    for name in ("", ".", "..", "folder/x", "/etc", "../out"):
+        with pytest.raises(ValueError, match="name of one file"):
+            folder.lstat(name)
+    folder.close()
+    for call in (folder.list, folder.stat, lambda: folder.lstat("b")):
+        with pytest.raises(CacheClosedError):
+            call()
+
+
+def test_a_folder_behind_a_link_is_refused_on_request(tmp_path):
+    from nf_engine import _cache
+    from nf_engine.errors import StorageError
+
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    _cache.io.Folder(str(tmp_path / "link")).close()
+    _cache.io.Folder(str(tmp_path / "real"), follow=False).close()
+    _cache.io.Folder(f"{tmp_path / 'real'}//", follow=False).close()
+    for path in (f"{tmp_path}/link", f"{tmp_path}/link/", f"{tmp_path}/link//"):
+        with pytest.raises(StorageError) as refused:
+            _cache.io.Folder(path, follow=False)
+        assert refused.value.errno in (errno.ELOOP, errno.ENOTDIR)
+    _cache.io.Folder("/", follow=False).close()
+
+
 def test_a_buffered_file_takes_any_length(tmp_path):
     from nf_engine import _cache
     from nf_engine.errors import CacheIncompleteError
@@ -781,11 +990,11 @@ def test_a_buffered_file_takes_any_length(tmp_path):
     file.close()
     assert (tmp_path / "manifest.json").read_bytes() == data
     file = folder.append("manifest.json")
-    file.write(file.stat()[0], b"more")
+    file.write(file.stat().size, b"more")
     file.truncate(len(data) + 2)
     file.close()
     file = folder.open("manifest.json", direct=False)
-    back = bytearray(file.stat()[0])
+    back = bytearray(file.stat().size)
     file.read(0, back)
     assert back == data + b"mo"
     with pytest.raises(CacheIncompleteError, match="ends at byte 100005"):

@@ -70,9 +70,13 @@ std::unique_ptr<Lease> Arena::lend(size_t stride, size_t count, size_t least, co
         throw MemoryError(what + ": expected room for " + std::to_string(least) + " x " + std::to_string(stride) +
                           " bytes in the cache's host memory, got " + std::to_string(gap) + " of " +
                           std::to_string(memory_->size()) + " bytes; raise pinned_bytes or lower chunk_bytes");
-    auto lease = std::make_unique<Lease>(shared_from_this(), offset, stride, fits);
-    lent_[offset] = fits * stride;
-    return lease;
+    const auto entry = lent_.emplace(offset, fits * stride).first;
+    try {
+        return std::make_unique<Lease>(shared_from_this(), offset, stride, fits);
+    } catch (...) {  // no memory; a Lease would have taken the lock to give its pieces back
+        lent_.erase(entry);
+        throw;
+    }
 }
 
 }  // namespace nf

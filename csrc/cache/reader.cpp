@@ -185,7 +185,7 @@ Epoch::Epoch(std::shared_ptr<Engine> engine, std::shared_ptr<Source> source, con
 
 Epoch::~Epoch() {
     if (!origin_.here())
-        new std::shared_ptr<State>(state_);  // the threads and their locks are the parent's: left alone for ever
+        io::leave_for_ever(state_);  // the threads and their locks are the parent's
     else
         stop();
 }

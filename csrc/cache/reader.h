@@ -26,7 +26,7 @@ namespace nf {
 
 // What the passes over one file share.
 struct Source {
-    std::shared_ptr<File> file;
+    std::unique_ptr<File> file;
     Header header{};
     std::vector<uint8_t> header_page;
     std::vector<uint8_t> table;  // CRC32C of each chunk, padded to a page

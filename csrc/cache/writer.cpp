@@ -23,14 +23,13 @@ struct Writer::Slab {
 // Everything that the threads use: they hold it together, so that a stuck one can be left behind.
 struct Writer::State {
     Work work;
-    std::shared_ptr<File> file;
+    std::unique_ptr<File> file;
     Header header{};
     std::shared_ptr<gpu::Gpu> gpu;
     std::unique_ptr<Lease> lease;
     std::vector<Slab> slabs;
     std::unique_ptr<gpu::Events> ready;  // one a slab: its copies have ended
-    std::vector<Slab*> free;
-    std::deque<Slab*> full;
+    std::vector<Slab*> free, full;       // full: the oldest first; both have room for every slab
     size_t writing = 0;
     std::vector<uint32_t> table;
     Stats stats;
@@ -62,6 +61,7 @@ Writer::Writer(std::shared_ptr<Engine> engine, std::shared_ptr<Folder> folder, c
     : engine_(std::move(engine)),
       folder_(std::move(folder)),
       name_(name),
+      temporary_(name + ".tmp"),
       durable_(durable),
       state_(std::make_shared<State>()) {
     const std::string path = folder_->path() + "/" + name;
@@ -72,6 +72,7 @@ Writer::Writer(std::shared_ptr<Engine> engine, std::shared_ptr<Folder> folder, c
     const size_t wanted = std::max(kSlabs, engine_->arena->size() / 2 / stride);
     state.lease = engine_->arena->lend(stride, std::min(wanted, chunks), std::min(kFewest, chunks), path);
     state.slabs.resize(state.lease->count());
+    state.full.reserve(state.slabs.size());
     for (size_t i = 0; i < state.slabs.size(); ++i) {
         state.slabs[i].data = state.lease->piece(i);
         state.slabs[i].ready = i;
@@ -85,7 +86,7 @@ Writer::Writer(std::shared_ptr<Engine> engine, std::shared_ptr<Folder> folder, c
         fences_ = std::make_unique<gpu::Events>(state.gpu, staging);
         state.ready = std::make_unique<gpu::Events>(state.gpu, state.slabs.size());
     }
-    state.file = folder_->create(name_ + ".tmp");
+    state.file = folder_->create(temporary_);
     unfinished_ = true;
     try {
         state.file->reserve(state.header.file_bytes);
@@ -108,8 +109,7 @@ Writer::Writer(std::shared_ptr<Engine> engine, std::shared_ptr<Folder> folder, c
 
 Writer::~Writer() {
     if (!origin_.here()) {
-        // The threads and their locks are the parent's: what they share is left alone for ever.
-        new std::shared_ptr<State>(state_);
+        io::leave_for_ever(state_);  // the threads and their locks are the parent's
         return;
     }
     try {
@@ -132,7 +132,7 @@ void Writer::write_slabs(const std::shared_ptr<State>& state, size_t thread) {
             work.threads.wait(lock, [&] { return work.cancelled || !state->full.empty(); });
             if (work.cancelled) return;
             Slab* slab = state->full.front();
-            state->full.pop_front();
+            state->full.erase(state->full.begin());
             ++state->writing;
             work.requests[thread] = {static_cast<int64_t>(chunk_offset(state->header, slab->chunk)),
                                      std::chrono::steady_clock::now()};
@@ -220,8 +220,12 @@ void Writer::append(const uint8_t* samples, size_t count, const Record* records,
         uint32_t* crc = in_order ? &slab.crc : nullptr;
         if (!copy_finite(to, samples + first * header.sample_bytes, take, header, crc)) {
             const std::lock_guard<std::mutex> lock(state_->work.mutex);
-            state_->work.fail(std::make_exception_ptr(NonFinite("a stored value is NaN or infinite")));
-            std::rethrow_exception(state_->work.error);
+            try {
+                throw NonFinite("a stored value is NaN or infinite");
+            } catch (const std::exception&) {  // where memory has run out, that
+                state_->work.fail(std::current_exception());
+                throw;
+            }
         }
     });
 }
@@ -274,14 +278,15 @@ std::vector<uint8_t> Writer::finish(const Interrupt& interrupt) {
         const auto footer = pack_footer(state.header, crc);
         std::memcpy(tail.data() + bytes, footer.data(), kPage);
         state.file->write(state.header.footer_offset, tail.data() + bytes, kPage);
+        std::vector<uint8_t> table(tail.data(), tail.data() + bytes);  // while there is a .tmp to give up
         if (durable_) state.file->fsync();
         ended_ = true;
         release();
         state.file->close();  // may report a failed write
-        folder_->rename(name_ + ".tmp", name_);
+        folder_->rename(temporary_, name_);
         unfinished_ = false;
         if (durable_) folder_->fsync();
-        return std::vector<uint8_t>(tail.data(), tail.data() + bytes);
+        return table;
     } catch (...) {
         const std::lock_guard<std::mutex> lock(state.work.mutex);
         state.work.fail(std::current_exception());
@@ -314,10 +319,10 @@ void Writer::abort() {
     try {
         if (all_ended) state_->file->close();  // it would wait for a stuck thread
     } catch (const SystemError&) {
-        folder_->unlink(name_ + ".tmp");
+        folder_->unlink(temporary_);
         throw;
     }
-    folder_->unlink(name_ + ".tmp");
+    folder_->unlink(temporary_);
 }
 
 const Stats& Writer::stats() const { return state_->stats; }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -59,7 +58,7 @@ class Writer {
     const io::Origin origin_;
     std::shared_ptr<Engine> engine_;
     std::shared_ptr<Folder> folder_;
-    std::string name_;
+    std::string name_, temporary_;  // made early: giving up asks for no memory
     bool durable_;
     std::shared_ptr<State> state_;
     Crew crew_;

@@ -8,7 +8,7 @@
 
 namespace nf::io {
 
-Descriptor::Descriptor(int fd, std::string path, std::string name)
+Descriptor::Descriptor(int fd, std::string path, std::string name) noexcept
     : fd_(fd), path_(std::move(path)), name_(std::move(name)) {}
 
 Descriptor::~Descriptor() { close(); }  // unchecked: who needs the bytes has called close()

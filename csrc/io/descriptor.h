@@ -11,7 +11,7 @@ namespace nf::io {
 
 class Descriptor {
   public:
-    Descriptor(int fd, std::string path, std::string name);
+    Descriptor(int fd, std::string path, std::string name) noexcept;
     ~Descriptor();
     Descriptor(const Descriptor&) = delete;
     Descriptor& operator=(const Descriptor&) = delete;

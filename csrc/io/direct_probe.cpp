@@ -6,12 +6,9 @@
 
 #include <atomic>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
-#include <new>
 
 #include "io/file.h"
 #include "io/fork.h"
@@ -69,12 +66,8 @@ bool ask(int folder, Direct& answer) {
     }
     if (set_direct(fd, true) != 0) return settle(answer, "O_DIRECT", errno);
 
-    const std::unique_ptr<uint8_t, decltype(&std::free)> pages(
-        static_cast<uint8_t*>(std::aligned_alloc(kPage, 2 * kPage)), &std::free);
-    if (!pages) throw std::bad_alloc();
-    uint8_t *written = pages.get(), *read = written + kPage;
+    alignas(kPage) uint8_t written[kPage], read[kPage] = {};
     for (size_t i = 0; i < kPage; ++i) written[i] = static_cast<uint8_t>(i * 7 + 1);
-    std::memset(read, 0, kPage);
     const ssize_t sent = plain.pwrite(fd, written, kPage, 0, ".");
     if (sent != static_cast<ssize_t>(kPage)) return settle(answer, "pwrite", sent < 0 ? errno : EIO);
     const ssize_t received = plain.pread(fd, read, kPage, 0, ".");

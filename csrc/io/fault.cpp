@@ -268,7 +268,8 @@ int synced(Op op, int fd, const char* name) {
 
 const Operations kFaulty = {
     [](int folder, const char* path, int flags, mode_t mode, const char* name) {
-        return perform({kOpen, name, nullptr, flags, 0}, [&](Mode) { return ::openat(folder, path, flags, mode); });
+        return perform({kOpen, name, nullptr, flags, 0},
+                       [&](Mode) { return plain.open(folder, path, flags, mode, name); });
     },
     faulty_pread,
     faulty_pwrite,

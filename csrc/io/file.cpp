@@ -35,7 +35,8 @@ void check_name(const std::string& name) {
     const auto plain = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
     const size_t large = name.rfind("MANIFEST", 0) == 0 ? 8 : name.rfind("LOCK", 0) == 0 ? 4 : 0;
     bool good = !name.empty() && name.size() <= 64 && (large || plain(name[0]));
-    for (const char c : name.substr(large)) good = good && (plain(c) || c == '_' || c == '.' || c == '-');
+    for (size_t i = large; i < name.size(); ++i)
+        good = good && (plain(name[i]) || name[i] == '_' || name[i] == '.' || name[i] == '-');
     if (!good)
         throw std::invalid_argument(
             "expected a file name [a-z0-9][a-z0-9_.-]{0,63}, or one that begins with "
@@ -43,10 +44,10 @@ void check_name(const std::string& name) {
             name + "\"");
 }
 
-void check_folder_name(const std::string& name) {
+void check_component(const char* of, const std::string& name) {
     const bool good = !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
                       name.find('\0') == std::string::npos;
-    if (!good) throw std::invalid_argument("expected the name of one folder, got \"" + name + "\"");
+    if (!good) throw std::invalid_argument(std::string("expected the name of one ") + of + ", got \"" + name + "\"");
 }
 
 // `code` is errno at the call: looking for free space may change it.
@@ -54,19 +55,39 @@ void check_folder_name(const std::string& name) {
     throw SystemError(op, path, -1, code, 0, free_on(folder));
 }
 
-int open_folder(const std::string& path) {
-    const int fd = io::open(AT_FDCWD, path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, ".");
+int open_file(int folder, const std::string& path, const std::string& name, int flags) {
+    const int all_flags = flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
+    const int fd = io::open(folder, name.c_str(), all_flags, 0600, name.c_str());
+    if (fd < 0) fail_in(folder, "open", path, errno);
+    return fd;
+}
+
+int open_folder(std::string path, bool follow) {
+    const int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC | (follow ? 0 : O_NOFOLLOW);
+    while (!follow && path.size() > 1 && path.back() == '/') path.pop_back();  // link/ is looked up behind the link
+    const int fd = io::open(AT_FDCWD, path.c_str(), flags, 0, ".");
     if (fd < 0) throw SystemError("open", path, -1, errno, 0, 0);
     return fd;
 }
 
+FileStatus status_of(const struct stat& status) {
+    return {static_cast<uint64_t>(status.st_size),
+            static_cast<uint64_t>(status.st_nlink),
+            S_ISREG(status.st_mode) != 0,
+            S_ISLNK(status.st_mode) != 0,
+            status.st_uid,
+            status.st_mode & 07777};
+}
+
 }  // namespace
 
-File::File(int fd, std::string path, std::string name, bool paged, bool direct)
-    : descriptor_(fd, std::move(path), std::move(name)),
-      paged_(paged),
-      direct_(direct && io::set_direct(fd, true) == 0) {
-    if (paged_ && !direct_) io::no_read_ahead(fd);
+File::File(int folder, std::string path, std::string name, int flags, bool paged, bool direct)
+    : paged_(paged),
+      descriptor_{open_file(folder, path, name, flags), std::move(path), std::move(name)},  // braces: in this order
+      direct_(direct) {
+    const Use use(descriptor_);
+    if (direct_ && io::set_direct(use.fd(), true) != 0) direct_ = false;
+    if (paged_ && !direct_) io::no_read_ahead(use.fd());
 }
 
 void File::fail(int fd, const char* op, int64_t offset, uint64_t needed, int code) const {
@@ -185,8 +206,8 @@ void File::leave_behind(int fd, uint64_t offset, size_t size, bool written) {
         behind_.push_back({offset, size});
         behind_bytes_ += size;
         while (behind_bytes_ - behind_.front().size >= kBehind) {
-            behind_bytes_ -= behind_.front().size;
             old.push_back(behind_.front());
+            behind_bytes_ -= behind_.front().size;
             behind_.pop_front();
         }
     }
@@ -216,8 +237,7 @@ FileStatus File::stat() {
     const Use use(descriptor_);
     struct stat status{};
     if (io::fstat(use.fd(), &status) != 0) fail(use.fd(), "fstat", -1, 0, errno);
-    return {static_cast<uint64_t>(status.st_size), static_cast<uint64_t>(status.st_nlink),
-            S_ISREG(status.st_mode) != 0};
+    return status_of(status);
 }
 
 FolderLock::FolderLock(int folder, const std::string& folder_path, const std::string& name)
@@ -238,16 +258,13 @@ void FolderLock::release() {
     if (fd >= 0 && origin_.here()) io::close_for_this_process(fd, name_.c_str());  // a child's is closed already
 }
 
-Folder::Folder(std::string path) : descriptor_(open_folder(path), path, ".") {}
+Folder::Folder(std::string path, bool follow) : descriptor_{open_folder(path, follow), std::move(path), "."} {}
 
 std::unique_ptr<File> Folder::open_file(const std::string& name, int flags, bool paged) {
     check_name(name);
     const Use use(descriptor_);
     const bool direct = paged && io::probe_direct(use.fd()).direct;
-    const int all_flags = flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
-    const int opened = io::open(use.fd(), name.c_str(), all_flags, 0600, name.c_str());
-    if (opened < 0) fail_in(use.fd(), "open", full(name), errno);
-    return std::make_unique<File>(opened, full(name), name, paged, direct);
+    return std::make_unique<File>(use.fd(), full(name), name, flags, paged, direct);
 }
 
 std::unique_ptr<File> Folder::create(const std::string& name, bool direct) {
@@ -265,7 +282,7 @@ std::unique_ptr<FolderLock> Folder::lock(const std::string& name) {
 }
 
 void Folder::make_folder(const std::string& name) {
-    check_folder_name(name);
+    check_component("folder", name);
     const Use use(descriptor_);
     if (io::make_folder(use.fd(), name.c_str(), 0700) != 0) fail_in(use.fd(), "mkdirat", full(name), errno);
 }
@@ -286,6 +303,28 @@ void Folder::unlink(const std::string& name) {
 void Folder::fsync() {
     const Use use(descriptor_);
     if (io::fsyncdir(use.fd(), descriptor_.name()) != 0) throw SystemError("fsyncdir", path(), -1, errno, 0, 0);
+}
+
+FileStatus Folder::stat() {
+    const Use use(descriptor_);
+    struct stat status{};
+    if (io::fstat(use.fd(), &status) != 0) fail_in(use.fd(), "fstat", path(), errno);
+    return status_of(status);
+}
+
+FileStatus Folder::lstat(const std::string& name) {
+    check_component("file", name);
+    const Use use(descriptor_);
+    struct stat status{};
+    if (io::lstat(use.fd(), name.c_str(), &status) != 0) fail_in(use.fd(), "lstat", full(name), errno);
+    return status_of(status);
+}
+
+std::vector<std::string> Folder::list() {
+    const Use use(descriptor_);
+    std::vector<std::string> names;
+    if (io::list(use.fd(), names) != 0) fail_in(use.fd(), "list", path(), errno);
+    return names;
 }
 
 uint64_t Folder::free_bytes() {

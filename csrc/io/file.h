@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "io/descriptor.h"
 #include "io/direct_probe.h"
@@ -23,12 +24,13 @@ constexpr size_t kPage = 4096;
 
 struct FileStatus {
     uint64_t size, links;
-    bool regular;
+    bool regular, link;    // link: symbolic
+    uint32_t owner, mode;  // uid; the permission bits, 07777 of st_mode
 };
 
 class File {
   public:
-    File(int fd, std::string path, std::string name, bool paged, bool direct);
+    File(int folder, std::string path, std::string name, int flags, bool paged, bool direct);
 
     void reserve(uint64_t bytes);
     void truncate(uint64_t bytes);
@@ -55,12 +57,12 @@ class File {
     bool fall_back_to_buffered(int fd, bool was_direct);
     [[noreturn]] void fail(int fd, const char* op, int64_t offset, uint64_t needed, int code) const;
 
-    io::Descriptor descriptor_;
     const bool paged_;  // whole pages only, none left in the page cache
-    std::atomic<bool> direct_;
     std::mutex behind_mutex_;
     std::deque<Range> behind_;  // moved through the page cache and still there
     uint64_t behind_bytes_ = 0;
+    io::Descriptor descriptor_;  // behind all that asks for memory: once there is a new file nothing may fail
+    std::atomic<bool> direct_;
 };
 
 // An exclusive flock that lasts until release() or its end, and not in the child of a fork.
@@ -80,7 +82,8 @@ class FolderLock {
 
 class Folder {
   public:
-    explicit Folder(std::string path);
+    // With follow = false the last component of the path must not be a symbolic link.
+    explicit Folder(std::string path, bool follow = true);
 
     // Read and write; fails where the name exists.
     std::unique_ptr<File> create(const std::string& name, bool direct = true);
@@ -91,6 +94,9 @@ class Folder {
     void rename(const std::string& from, const std::string& to);
     void unlink(const std::string& name);
     void fsync();
+    FileStatus stat();
+    FileStatus lstat(const std::string& name);  // of whatever list() found; a symbolic link is not followed
+    std::vector<std::string> list();            // all names but . and .., in any order
     uint64_t free_bytes();
     io::Direct probe();  // what its file system says of O_DIRECT
     void close();

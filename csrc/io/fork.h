@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <new>
 
 namespace nf::io {
 
@@ -19,6 +20,14 @@ class Origin {
   private:
     uint64_t forks_;
 };
+
+// In the child of a fork: what the parent's threads use is left as it is, by a share that is never given back. It asks
+// for no memory, as destructors call it.
+template <typename Shared>
+void leave_for_ever(const Shared& shared) noexcept {
+    alignas(Shared) unsigned char share[sizeof(Shared)];
+    new (share) Shared(shared);
+}
 
 // For what all threads share: held across every fork, so that no child finds it locked or what it guards half changed.
 extern std::mutex survives_fork;

@@ -13,9 +13,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace nf::io {
 
+// Below a folder `open` takes no path that leads out of it, nor any symbolic link, by openat2 where the kernel has it.
 struct Operations {
     int (*open)(int folder, const char* path, int flags, mode_t mode, const char* name);
     ssize_t (*pread)(int fd, void* data, size_t size, off_t offset, const char* name);
@@ -48,6 +51,8 @@ int fallocate(int fd, off_t size, const char* name);
 int ftruncate(int fd, off_t size, const char* name);
 
 int fstat(int fd, struct stat* status);
+int lstat(int folder, const char* name, struct stat* status);
+int list(int folder, std::vector<std::string>& names);  // adds all names but . and ..
 int fstatfs(int fd, struct statfs* status);
 int fstatvfs(int fd, struct statvfs* status);
 int lock_exclusively(int fd);  // EWOULDBLOCK where another holds it
