@@ -23,10 +23,9 @@ import torch
 from torch import nn
 
 import nf_engine
-from nf_engine import engine
+from nf_engine import controller
 from nf_engine.compare import Arm, largest_batch, train_peer
 from nf_engine.config import TrainConfig
-from nf_engine.controller import Controller
 from nf_engine.data import ImageData, fit_to
 from nf_engine.device import capped, free_bytes, pick
 from nf_engine.errors import BudgetError
@@ -34,6 +33,7 @@ from nf_engine.exits import throughput
 from nf_engine.models import build
 from nf_engine.recovery import is_out_of_memory
 from nf_engine.stages import split
+from nf_engine.trainer import Trainer
 from nf_engine.worker import forward_block
 
 BASE = "backpropagation"
@@ -91,19 +91,21 @@ class _Scoring:
         self._score()
 
 
-def scoring_controller(curve: Curve) -> type[Controller]:
-    """The engine's controller, with a curve."""
+def scoring_trainer(curve: Curve) -> type[Trainer]:
+    """The engine's trainer, with a curve."""
 
-    class Scored(Controller):
+    class Scored(Trainer):
         def _train(self, number: int, block: Any, units: Any, inputs: Any, held: Any, *rest: Any) -> None:
             def accuracy() -> float:
-                sums = forward_block(units, held.once(block.batch, None), score=True, write=None, device=self.device)
+                sums = forward_block(
+                    units, held.once(block.batch, None), score=True, write=None, device=self._job.device
+                )
                 for module in (m for unit in units for m in unit.modules()):
                     module.train()
                 return max(s.accuracy for s in sums.scores())
 
-            observer = self.observer
-            self.observer = _Scoring(observer, lambda: curve.score(accuracy))
+            observer = self._job.observer
+            self._job.observer = _Scoring(observer, lambda: curve.score(accuracy))
             before = len(curve.points)
             try:
                 super()._train(number, block, units, inputs, held, *rest)
@@ -111,7 +113,7 @@ def scoring_controller(curve: Curve) -> type[Controller]:
                 del curve.points[before:]  # a block that runs out of memory starts again
                 raise
             finally:
-                self.observer = observer
+                self._job.observer = observer
 
     return Scored
 
@@ -226,8 +228,8 @@ class Workload:
         """The row of nf_engine with these settings."""
         network, curve = self.network(seed), Curve()
         config = self.config(seed, **fields, memory_budget="auto" if budget is None else budget)
-        scored = scoring_controller(curve)
-        with tempfile.TemporaryDirectory() as folder, patch.object(engine, "Controller", scored):
+        scored = scoring_trainer(curve)
+        with tempfile.TemporaryDirectory() as folder, patch.object(controller, "Trainer", scored):
             try:
                 done = nf_engine.train(
                     network, self.data, self.test, config=config, progress="none", output_dir=Path(folder) / "run"

@@ -1,10 +1,15 @@
 """Demo: a VGG-11 at a quarter of its width learns scanned digits inside 75 % of what backpropagation needs.
 
-Plan, train, choose an exit, export it, load it back and classify images that no step before has seen.
+Plan, train, choose an exit, export it, load it back and classify images that no step before has seen; then the same
+training again, killed by kill -9 and started a second time.
 Run it with `make demo`; it takes about a minute on two cores and writes to a temporary folder.
 """
 
+import json
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -26,11 +31,47 @@ def digits():
     return fit_to(train, size=32, channels=3), fit_to(test, size=32, channels=3)
 
 
-def main(folder: Path) -> None:
+def network():
     torch.manual_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    return build("vgg11", classes=10, width=0.25)
+
+
+def train_again(folder: Path, plan: Path) -> None:
+    """What the process that is killed runs: the training of part 2, which commits every second."""
+    made = nf_engine.Plan.load(plan)
+    fields = {"memory_budget": made.budget, "batch_size": BATCH, "epochs": EPOCHS, "val_fraction": 0.1}
+    nf_engine.train(network(), digits()[0], plan=made, output_dir=folder, checkpoint_minutes=1 / 60, progress="none",
+                    **fields)  # fmt: skip
+
+
+def killed_and_resumed(folder: Path, plan: Path) -> dict:
+    """Starts the training, kills it in the middle of a block, starts it again; its last manifest."""
+    command = [sys.executable, __file__, str(folder), str(plan)]
+    process = subprocess.Popen(command)
+    while not (position := manifest(folder)["position"])["step"]:
+        time.sleep(0.05)
+        assert process.poll() is None, "the training ended before it could be killed"
+    process.kill()  # SIGKILL: nothing in the process can react to it
+    process.wait()
+    print(f"killed; its last commit: block {position['block'] + 1}, epoch {position['epoch']}, step {position['step']}")
+    subprocess.run(command, check=True)
+    return manifest(folder)
+
+
+def manifest(folder: Path) -> dict:
+    path = folder / "MANIFEST.json"
+    return json.loads(path.read_text()) if path.exists() else {"position": {"step": 0}}
+
+
+def weights(found: dict) -> list[str]:
+    """SHA-256 of the weights of each block, its head and the scores of its exits."""
+    return [entry["sha256"] for entry in found["files"] if entry["role"] == "block"]
+
+
+def main(folder: Path) -> None:
+    model = network()
     train, test = digits()
-    model = build("vgg11", classes=10, width=0.25)
 
     print("== 1. What would backpropagation need? A plan without a limit says it; nothing is trained yet.")
     free = nf_engine.plan(model, train.shape, samples=len(train), batch_size=BATCH)
@@ -58,9 +99,18 @@ def main(folder: Path) -> None:
     print(f"test accuracy {result.accuracy:.2%} of {result.samples} images, {result.images_per_second:,.0f} images/s")
     images, labels = test.batch(torch.arange(10))
     print("predictions", *loaded.predict(images).labels.tolist())
-    print("labels     ", *labels.tolist())
+    print("labels     ", *labels.tolist(), "\n")
+
+    print("== 5. The same training again, killed by kill -9; the same command goes on.")
+    last = killed_and_resumed(folder / "killed", folder / "run" / "plan.json")
+    once, twice = weights(manifest(folder / "run")), weights(last)
+    for block, (a, b) in enumerate(zip(once, twice, strict=True), 1):
+        print(f"block {block}: sha256 of weights and scores {a[:16]} without the kill, {b[:16]} with it")
+    assert once == twice, "a resumed training ends with the same bits"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 3:
+    train_again(Path(sys.argv[1]), Path(sys.argv[2]))
+elif __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         main(Path(place))

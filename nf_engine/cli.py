@@ -1,7 +1,8 @@
 """Command line: arguments in, one call of the library, its result out.
 
 stdout is the result, as tables or with --json as one object; stderr is progress and errors. Exit codes are the errors'
-own (nf_engine.errors): 0 done, 2 usage or configuration, 3 budget, 65 data or model, 70 a bug of ours, 130 interrupted.
+own (nf_engine.errors): 0 done, 2 usage or configuration, 3 budget, 65 data or model, 70 a bug of ours, 75 interrupted
+and resumable, 128 + n by signal n with nothing to resume.
 No module that needs torch is imported before a command runs, so help and usage errors come at once.
 """
 
@@ -41,6 +42,7 @@ NOT_CONFIG = (
     "NF_DEBUG",
 )  # read elsewhere; the starts of their names
 BYTES = {"memory_budget", "max_cache_bytes", "pinned_bytes"}
+INTERRUPTED = 75  # the same command goes on
 SHOWN = 10  # predictions in the text output
 
 app = typer.Typer(
@@ -181,7 +183,14 @@ def train(
         str | None, typer.Option(help="cifar10:DIR, idx:DIR, npz:FILE, folder:DIR, digits, synthetic:N")
     ] = None,
     val_data: Annotated[str | None, typer.Option(help="chooses the exit; default: a share of --data")] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="new folder; default runs/TIME-MODEL")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="new folder, or a run's to go on with; default runs/TIME-MODEL")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto, must (the folder holds a run) or never")] = "auto",
+    allow_inexact_resume: Annotated[
+        bool, typer.Option("--allow-inexact-resume", help="go on with other versions or another device")
+    ] = False,
+    max_time: Annotated[float | None, typer.Option(help="seconds after which the run commits and ends")] = None,
     config: Config = None,
     pairs: Pairs = None,
     memory_budget: Budget = None,
@@ -217,8 +226,19 @@ def train(
     network = _network(name, width, training.classes, training.shape, chosen.seed)
     folder = output_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     result = engine.train(
-        network, training, held_out, config=chosen, output_dir=folder, progress=progress, keep_cache=keep_cache
+        network,
+        training,
+        held_out,
+        config=chosen,
+        output_dir=folder,
+        resume=resume,
+        allow_inexact_resume=allow_inexact_resume,
+        max_time=max_time,
+        progress=progress,
+        keep_cache=keep_cache,
     )
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
     tested = _test(result, test)
     print(json.dumps(_train_json(result, tested)) if as_json else _train_text(result, tested))
 
@@ -263,7 +283,9 @@ def _train_json(result: TrainResult, tested: EvalResult | None) -> dict[str, Any
 
 def _train_text(result: TrainResult, tested: EvalResult | None) -> str:
     budget = result.plan.budget
-    rows = [result.table(), "", f"{'block':<7}{'predicted':>12}{'peak':>12}{'of budget':>11}{'reserved':>12}"]
+    rows = [result.table()]
+    if result.memory:  # of the blocks that this process has trained
+        rows += ["", f"{'block':<7}{'predicted':>12}{'peak':>12}{'of budget':>11}{'reserved':>12}"]
     for m in result.memory:
         reserved = format_bytes(m.reserved) if m.reserved else "-"
         rows.append(
@@ -502,10 +524,14 @@ def _classify_text(found: dict[str, Any]) -> str:
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="whose disk is measured with 64 MiB")] = Path(),
+    recover: Annotated[Path | None, typer.Option(help="run folder with a damaged file: go one commit back")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show versions, devices, kernels, extras and the speed of the disk."""
+    """Show versions, devices, kernels, extras and the speed of the disk; or mend a run folder."""
     from nf_engine import doctor as examination
 
+    if recover is not None:
+        print(examination.recover(recover))
+        return
     found = examination.report(folder)
     print(json.dumps(found) if as_json else examination.text(found))

@@ -86,6 +86,8 @@ class TrainConfig:
         val_fraction: share of the training data held out for the choice of the exit where no val_data is given.
         max_drop: the exit chosen is the smallest whose held-out accuracy is within max_drop of the best exit's.
         seed: of weights of heads, order and augmentation; data order and augmentation are functions of it alone.
+        checkpoint_minutes: between two commits inside a block; one is always made at its end. 0: after every step.
+        deterministic: a GPU computes the same bits in every run, more slowly; a CPU always does.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         precision: "32-true"; or autocast of maps and products to 16 bits: "bf16-mixed", or "16-mixed" (float16), where
             each unit has a loss scale of its own and leaves out an update whose gradients overflow. Weights, their
@@ -125,6 +127,8 @@ class TrainConfig:
     val_fraction: float = 0.05
     max_drop: float = 0.01
     seed: int = 0
+    checkpoint_minutes: float = 10.0
+    deterministic: bool = False
     device: str = "auto"
     precision: str = "32-true"
 
@@ -136,7 +140,7 @@ class TrainConfig:
             self._number(name, int, 1)
         for name in ("augment_copies", "head_width", "seed"):
             self._number(name, int, 0)
-        for name in ("lr", "weight_decay", "warmup_epochs"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "checkpoint_minutes"):
             self._number(name, float, 0)
         self._number("io_timeout", float, 1)
         for name in ("memory_margin", "momentum", "grouping_threshold", "label_smoothing", "val_fraction", "max_drop"):
@@ -150,7 +154,7 @@ class TrainConfig:
         if self.max_cache_bytes is not None:
             parse_bytes(self.max_cache_bytes, "max_cache_bytes")
         parse_bytes(self.pinned_bytes, "pinned_bytes")
-        for name in ("recompute", "durable_cache"):
+        for name in ("recompute", "durable_cache", "deterministic"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         points = self.split_points
@@ -161,6 +165,8 @@ class TrainConfig:
 
     def _number(self, name: str, kind: type, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
+        if isinstance(value, int) and value.bit_length() > 63:  # may be too long to print, or to be a float
+            raise ConfigError(f"{name} must be below 2**63, got an integer of {value.bit_length()} bits")
         number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
         if not number or not low <= value < high:  # false for NaN, too
             bounds = f">= {low}" if high == math.inf else f"in [{low}, {high})"
@@ -215,15 +221,24 @@ class TrainConfig:
             ConfigError: the file is missing, is no TOML, or holds an unknown or refused setting.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        return cls.from_toml(text, str(path))
+
+    @classmethod
+    def from_toml(cls, text: str, where: str) -> TrainConfig:
+        """As load, of the text of a file. where: its path, for the error."""
+        try:
+            values = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where} is not valid TOML: {error}") from None
         try:
             return cls().with_fields(values)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
 
     def to_toml(self) -> str:
         """The fields as TOML text that `load` reads back to an equal object; None is left out."""

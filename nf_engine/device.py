@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import re
 import weakref
 from collections.abc import Generator, Iterable, Iterator
@@ -192,6 +193,34 @@ def capped(device: torch.device, budget: int) -> Iterator[Cap | None]:
         caller.wait_stream(own)
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
+    """While it lasts, a CUDA device computes the same bits in every run; other devices always do.
+
+    Raises:
+        ConfigError: cuBLAS was not told to, which has to be done before the program starts.
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        raise ConfigError(
+            "deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the program starts, "
+            f"found {os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}"
+        )
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, filled = torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    memory.fill_uninitialized_memory = False  # nothing of ours reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = cudnn, filled
 
 
 def room_bytes(device: torch.device) -> int:

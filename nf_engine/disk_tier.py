@@ -100,9 +100,17 @@ class DiskTier:
     """The file of one cache, while it is written and after."""
 
     def __init__(
-        self, folder: _cache.io.Folder, record: CacheRecord, codec: Codec, device: torch.device, options: EngineOptions
+        self,
+        folder: Path | _cache.io.Folder,
+        record: CacheRecord,
+        codec: Codec,
+        device: torch.device,
+        options: EngineOptions,
     ) -> None:
-        self._folder, self._codec, self._device, self._options = folder, codec, device, options
+        """folder: opened, it stays the caller's to close."""
+        self._shares_folder = isinstance(folder, _cache.io.Folder)
+        self._folder = folder if isinstance(folder, _cache.io.Folder) else _cache.io.Folder(str(folder))
+        self._codec, self._device, self._options = codec, device, options
         self._size = record.geometry.sample_bytes
         self._name = record.name
         self._engine = _engine(device, options)
@@ -117,14 +125,14 @@ class DiskTier:
     @classmethod
     def create(
         cls,
-        path: Path,
+        folder: Path | _cache.io.Folder,
         record: CacheRecord,
         header: bytes,
         codec: Codec,
         device: torch.device,
         options: EngineOptions,
     ) -> DiskTier:
-        tier = cls(_cache.io.Folder(str(path)), record, codec, device, options)
+        tier = cls(folder, record, codec, device, options)
         tier._writer = tier._engine.create(
             tier._folder, record.name, header, options.write_threads, ENGINE_SLOTS, options.durable
         )
@@ -133,9 +141,14 @@ class DiskTier:
 
     @classmethod
     def open(
-        cls, path: Path, record: CacheRecord, codec: Codec, device: torch.device, options: EngineOptions
+        cls,
+        folder: Path | _cache.io.Folder,
+        record: CacheRecord,
+        codec: Codec,
+        device: torch.device,
+        options: EngineOptions,
     ) -> DiskTier:
-        tier = cls(_cache.io.Folder(str(path)), record, codec, device, options)
+        tier = cls(folder, record, codec, device, options)
         tier._open(record)
         return tier
 
@@ -237,7 +250,8 @@ class DiskTier:
             if writer is not None:
                 writer.abort()
         finally:
-            self._folder.close()
+            if not self._shares_folder:
+                self._folder.close()
 
     def _now_closed(self, reader: _cache.Reader) -> dict[str, Any]:
         last = dataclasses.asdict(self.stats())

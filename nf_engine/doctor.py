@@ -21,6 +21,7 @@ import nf_engine
 from nf_engine import ops
 from nf_engine.errors import NFError
 from nf_engine.records import format_bytes
+from nf_engine.run_folder import go_back
 from nf_engine.storage import ActivationCache, CacheGeometry, build_info, direct_io, engine_report
 
 EXTRAS = {"demo": "sklearn", "images": "PIL", "triton": "triton"}  # extra -> module that it brings
@@ -81,6 +82,15 @@ def text(found: dict[str, Any]) -> str:
         for extra, here in found["extras"].items()
     )
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def recover(run: Path) -> str:
+    """Goes one commit back in a run folder; returns what to do next. Raises as run_folder.go_back."""
+    position = go_back(run).position
+    return (
+        f"{run}: now at block {position.block + 1}, epoch {position.epoch}, step {position.step}; "
+        "the command that began the run goes on from there"
+    )
 
 
 def _versions() -> dict[str, str | None]:

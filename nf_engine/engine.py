@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import nf_engine
+from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.controller import BlockMemory, Controller
+from nf_engine.controller import Controller
 from nf_engine.data import ImageData, as_image_data, stratified_split
-from nf_engine.device import budget_bytes, capped, pick
-from nf_engine.errors import ConfigError, DataError
+from nf_engine.device import budget_bytes, capped, deterministic, pick
+from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataError, ResumeMismatchError
 from nf_engine.exits import EarlyExitModel, Scaled, exits_table, select_exit, throughput
+from nf_engine.interrupt import Interrupt, Stopped
+from nf_engine.job import BlockMemory, Job, Observer, initial_parts
+from nf_engine.manifest import digest_of
 from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
@@ -29,8 +34,10 @@ from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.profiler import BATCHES, flops_of, make_head
 from nf_engine.progress import make_observer
-from nf_engine.records import ExitScore, Plan, Profile, UnitPlan
-from nf_engine.run_folder import RunFolder
+from nf_engine.records import ExitScore, ExitTable, Plan, Profile, UnitPlan, format_bytes
+from nf_engine.recovery import asked_bytes, device_lost, is_out_of_memory
+from nf_engine.resume import check_plan, check_resume, config_sha256, environment
+from nf_engine.run_folder import MANIFEST, NewFile, RunFolder, default_path
 from nf_engine.stages import Cut, split
 from nf_engine.worker import Score
 
@@ -42,14 +49,18 @@ class TrainResult:
     Attributes:
         model: all exits, on the CPU, in eval mode.
         plan: what was done. exits: held-out score of each. best_exit: the one chosen.
-        memory: predicted and measured bytes of each block. history: one entry for each block and epoch.
-        timings: seconds of profile, plan, train, score and cache writes. run_dir: the run folder.
+        status: "completed"; or "interrupted", by a signal or max_time: then there are no exits, best_exit is -1, and
+            the same call goes on.
+        memory: predicted and measured bytes of each block that this call trained.
+        history: one entry for each block and epoch. timings: seconds of plan, train, commit, score and cache_write.
+        run_dir: the run folder.
     """
 
     model: EarlyExitModel
     plan: Plan
     exits: list[ExitScore]
     best_exit: int
+    status: str
     memory: list[BlockMemory]
     history: list[dict[str, object]]
     timings: dict[str, float]
@@ -73,19 +84,30 @@ def train(
     config: TrainConfig | str | Path | None = None,
     plan: Plan | str | Path | None = None,
     output_dir: str | Path | None = None,
+    resume: str = "auto",
+    allow_inexact_resume: bool = False,
+    max_time: float | None = None,
     progress: str = "auto",
     keep_cache: bool = False,
     **fields: Any,
 ) -> TrainResult:
     """Trains a CNN inside a memory budget, block after block, each unit by its own local loss.
 
+    A run that was killed goes on where it was committed last, by the same call: its result is bit for bit that of a run
+    that was not (on a GPU with deterministic=True). SIGINT, SIGTERM and SIGHUP commit and end the run; a second one
+    ends the process.
+
     Args:
         model: any CNN that torch.fx can trace, trained in place; or a name such as "resnet18".
         train_data: (x, y) arrays or tensors, a Dataset, a DataLoader, ImageData, or text such as "cifar10:DIR".
         val_data: as train_data, the exits are scored and chosen on it; None: val_fraction of train_data is held out.
         config: a TrainConfig, or the path of its TOML file. fields: single fields of it, which win.
-        plan: made earlier, or the path of its JSON file; nothing is profiled then.
-        output_dir: a new or empty folder; runs/<time>-<model> where None.
+        plan: made earlier, or the path of its JSON file; nothing is profiled then. Of a run to go on with: None, or its
+            own.
+        output_dir: a new or empty folder, or that of a run to go on with; runs/<time>-<model> where None.
+        resume: "auto"; "must": the folder has to hold a run; "never": it must not.
+        allow_inexact_resume: go on with other versions or another device; the result differs in its last bits.
+        max_time: seconds after which the run commits and ends.
         progress: "auto" (a display on a terminal, else lines), "lines" or "none".
         keep_cache: leave the activation caches on disk.
 
@@ -95,7 +117,9 @@ def train(
     Raises:
         ConfigError, DataError, UnsupportedModelError, NoDeviceError: an argument is refused, before any work.
         InfeasibleBudgetError: no plan fits the budget; names the stage, its need and the budget.
-        BudgetExceededError, NonFiniteError, DiskFullError, StorageError: while training.
+        ResumeMismatchError: the folder's run has other settings, images, network, plan or software; shows what.
+        RunLockedError, PermissionRefusedError, CorruptFileError: the folder cannot be used.
+        BudgetExceededError, NonFiniteError, DiskFullError, StorageError, DeviceLostError: while training.
     """
     settings = settle(config, fields)
     observer = make_observer(progress)
@@ -103,69 +127,194 @@ def train(
     network = named_model(model, data.shape, data.classes, settings.seed)
     network_name = name_of(network)
     device = pick(settings.device)
-    timings: dict[str, float] = {}
     started = time.perf_counter()
     cut = split(network, data.shape, split_points=settings.split_points)
     _check_classes(cut, data)
-    folder = RunFolder(output_dir, network_name)
+    if resume not in ("auto", "must", "never"):
+        raise ConfigError(f"resume must be auto, must or never, got {resume!r}")
     train_images = Preprocess(data.normalisation, settings.augment, settings.seed, compute_dtype(settings))
     plain = Preprocess(data.normalisation, dtype=compute_dtype(settings))
-    if plan is None:
-        budget = budget_bytes(settings, device)
-        planner = Planner(
-            cut,
-            settings,
-            train_images,
-            uint8(data),
-            device,
-            len(data),
-            network_name,
-            folder.path,
-            budget=budget,
-            in_memory=data.in_memory,
+    place = Path(output_dir or default_path(network_name))
+    if resume == "must" and not (place / MANIFEST).is_file():
+        raise ConfigError(f"resume is must, but {place} holds no run; name its folder, or resume='auto'")
+    with RunFolder(place) as folder, deterministic(device, settings.deterministic):
+        _log_start(folder, network_name, data, held_out)
+        if folder.manifest is not None and resume == "never":
+            raise ConfigError(f"resume is never, but {place} holds a run; name a new folder, or resume='auto'")
+        digest = digest_of(f"{data.digest()} {held_out.digest()}".encode())
+        env = environment(device, nf_engine.__version__)
+        if folder.manifest is None:
+            new = [NewFile("config", settings.to_toml().encode())]
+            if plan is None:
+                made, profiled = _planned(cut, settings, train_images, data, device, network_name, place)
+                new.append(NewFile("profile", profiled.to_json().encode()))
+            else:
+                made = _given(plan, cut, settings, len(data), device)
+            heads = [make_head(cut, u.head, u.last, settings) for u in made.units]
+            initial = to_bytes(state_of(initial_parts(cut, heads)), {"format": "nf-initial/1"})
+            new += [NewFile("plan", made.to_json().encode()), NewFile("initial", initial)]
+            folder.begin(config_sha256(settings, cut), digest, env, new)
+            _log_tiers(folder, made)
+            observer.planned(made)
+        else:
+            inexact = check_resume(folder, settings, cut, digest, env, allow_inexact=allow_inexact_resume)
+            made, heads = _resumed(folder, cut, settings)
+            if plan is not None:
+                check_plan(folder, made, _given(plan, cut, settings, len(data), device))
+            _tell_resumed(folder, observer, made, inexact)
+        job = Job(
+            cut=cut,
+            heads=heads,
+            plan=made,
+            config=settings,
+            data=data,
+            held_out=held_out,
+            train_images=train_images,
+            plain=plain,
+            folder=folder,
+            device=device,
+            observer=observer,
+            interrupt=Interrupt(max_time),
+            keep_cache=keep_cache,
+            history=list(folder.metrics()),
         )
-        made = planner.plan(budget)
-        folder.write("profile.json", planner.profile.to_json())
-    else:
-        made = _given(plan, cut, settings, len(data), device)
-    timings["plan"] = time.perf_counter() - started
-    folder.write("config.toml", settings.to_toml())
-    folder.write("plan.json", made.to_json())
-    folder.log("start", model=network_name, samples=len(data), held_out=len(held_out), torch=str(torch.__version__))
-    for number, block in enumerate(made.blocks[1:], 1):
-        chosen = block.cache
-        folder.log(
-            "tier",
-            number=number,
-            tier=chosen.tier,
-            seconds=chosen.seconds,
-            dropped=chosen.dropped,
-            reason=chosen.reason,
-        )
-    observer.planned(made)
-    heads = [make_head(cut, u.head, u.last, settings) for u in made.units]
-    controller = Controller(
-        cut, heads, made, settings, data, held_out, train_images, plain, folder, device, observer, keep_cache=keep_cache
+        job.seconds["plan"] = time.perf_counter() - started
+        with job.interrupt:  # until the last commit is made
+            return _finish(job, network, network_name, started)
+
+
+def _planned(
+    cut: Cut,
+    settings: TrainConfig,
+    train_images: Preprocess,
+    data: ImageData,
+    device: torch.device,
+    network_name: str,
+    place: Path,
+) -> tuple[Plan, Profile]:
+    budget = budget_bytes(settings, device)
+    planner = Planner(
+        cut,
+        settings,
+        train_images,
+        uint8(data),
+        device,
+        len(data),
+        network_name,
+        place,
+        budget=budget,
+        in_memory=data.in_memory,
     )
     try:
-        with capped(device, made.budget) as cap:
+        return planner.plan(budget), planner.profile
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = asked_bytes(error)
+    # Here the exception is gone, and with its frames what the failed step held on to.
+    wanted = "an unknown number of bytes" if asked is None else f"{asked} bytes"
+    raise BudgetError(
+        f"the device ran out of memory while stages were timed: asked for {wanted}, the budget is "
+        f"{format_bytes(budget)} ({budget} bytes); nothing was trained: lower max_batch_size, or free the device",
+        stage="profile",
+        need=budget + (asked or 1),
+        budget=budget,
+    )
+
+
+def _tell_resumed(folder: RunFolder, observer: Observer, made: Plan, inexact: Sequence[str]) -> None:
+    now = folder.manifest_now
+    folder.log("resumed", generation=now.generation, inexact=inexact)
+    if now.done:
+        observer.note(f"the run in {folder.path} is done")
+        return
+    observer.planned(made)
+    observer.note(f"goes on in {folder.path}" + (", not bitwise: " + "; ".join(inexact) if inexact else ""))
+
+
+def _finish(job: Job, network: nn.Module, network_name: str, started: float) -> TrainResult:
+    """Runs a job to its end, or to where it is interrupted."""
+    folder, settings = job.folder, job.config
+    controller = Controller(job)
+    status = "completed"
+    try:
+        with device_lost(), capped(job.device, job.plan.budget) as cap:
             if cap is not None:
                 folder.log("cap", **cap._asdict())
-                observer.note(f"{cap.beside} bytes of the device are outside the budget: CUDA context, other programs")
-            scores = controller.run()
+                job.observer.note(
+                    f"{cap.beside} bytes of the device are outside the budget: CUDA context, other programs"
+                )
+            controller.run()
+    except Stopped as stop:
+        status = "interrupted"
+        position = folder.manifest_now.position
+        job.observer.note(
+            f"{stop}: committed at block {position.block + 1}, epoch {position.epoch}, step {position.step}; "
+            f"the same command goes on in {folder.path}"
+        )
     finally:
-        observer.close()
-    made = controller.plan  # batches may have shrunk
-    timings.update(controller.seconds)
-    facts = _facts(network, network_name, cut, made, settings, data.normalisation, uint8(data))
-    whole = assemble(cut, heads, made.units, data.normalisation, facts)
-    exits = _exit_scores(whole, cut, made, scores, device, settings)
-    best = select_exit(exits, max_drop=settings.max_drop)
-    folder.write("exits.json", json.dumps({"chosen": best, "exits": [asdict(e) for e in exits]}, indent=1) + "\n")
-    folder.write("model.json", json.dumps({**facts, "chosen": best}, indent=1) + "\n")
-    folder.log("end", seconds=time.perf_counter() - started, **timings)
-    observer.note(f"run folder {folder.path}")
-    return TrainResult(whole, made, exits, best, controller.memory, controller.history, timings, folder.path)
+        job.observer.close()
+    made = job.plan  # batches may have shrunk
+    facts = _facts(network, network_name, job.cut, made, settings, job.data.normalisation, uint8(job.data))
+    whole = assemble(job.cut, job.heads, made.units, job.data.normalisation, facts)
+    exits: list[ExitScore] = []
+    best = -1
+    if status == "completed":
+        exits, best = _exits(job, whole, facts, controller.scores)
+    folder.log("end", status=status, seconds=time.perf_counter() - started, **job.seconds)
+    job.observer.note(f"run folder {folder.path}")
+    return TrainResult(whole, made, exits, best, status, controller.memory, job.history, job.seconds, folder.path)
+
+
+def _exits(
+    job: Job, whole: EarlyExitModel, facts: dict[str, Any], scores: Sequence[Score]
+) -> tuple[list[ExitScore], int]:
+    """Scores the exits, chooses one, and makes the last commit; of a run that is done, reads what it chose."""
+    now = job.folder.manifest_now
+    if now.done:
+        (entry,) = now.of_role("exits")
+        found = ExitTable.from_json(job.folder.read(entry).decode()).exits
+        return list(found), select_exit(found, max_drop=job.config.max_drop)
+    exits = _exit_scores(whole, job.cut, job.plan, scores, job.device, job.config)
+    best = select_exit(exits, max_drop=job.config.max_drop)
+    new = [
+        NewFile("exits", ExitTable(best, tuple(exits)).to_json().encode()),
+        NewFile("model", (json.dumps({**facts, "chosen": best}, indent=1) + "\n").encode()),
+    ]
+    drop = ("initial", "train") if job.keep_cache else ("initial", "train", "cache")
+    job.folder.commit(now.position, new, drop=drop, done=True)
+    return exits, best
+
+
+def _resumed(folder: RunFolder, cut: Cut, settings: TrainConfig) -> tuple[Plan, list[nn.Module]]:
+    """The plan of a run, and its heads; the network gets the weights that the run began with."""
+    now = folder.manifest_now
+    (entry,) = now.of_role("plan")
+    made = Plan.from_json(folder.read(entry).decode())
+    heads = [make_head(cut, u.head, u.last, settings) for u in made.units]
+    for entry in now.of_role("initial"):  # a run that is done has none
+        state = parse(folder.read(entry), entry.name)
+        try:
+            fill(initial_parts(cut, heads), state, entry.name)
+        except CorruptFileError as error:  # the bytes are those that were written: it is the network that differs
+            raise ResumeMismatchError(
+                f"{folder.path} holds a run of another network: {str(error).partition('; restore')[0]}; "
+                "give the network that it began with, or name another output_dir"
+            ) from None
+    return made, heads
+
+
+def _log_start(folder: RunFolder, network_name: str, data: ImageData, held_out: ImageData) -> None:
+    for name in folder.strangers:
+        folder.log("stranger", name=name)
+    torch_version = str(torch.__version__)
+    folder.log("start", model=network_name, samples=len(data), held_out=len(held_out), torch=torch_version)
+
+
+def _log_tiers(folder: RunFolder, made: Plan) -> None:
+    for number, block in enumerate(made.blocks[1:], 1):
+        c = block.cache
+        folder.log("tier", number=number, tier=c.tier, seconds=c.seconds, dropped=c.dropped, reason=c.reason)
 
 
 def plan(

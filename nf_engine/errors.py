@@ -25,6 +25,9 @@ __all__ = [
     "NFError",
     "NoDeviceError",
     "NonFiniteError",
+    "PermissionRefusedError",
+    "ResumeMismatchError",
+    "RunLockedError",
     "StorageError",
     "UnsupportedModelError",
 ]
@@ -76,8 +79,14 @@ class BudgetExceededError(BudgetError, RuntimeError):
     exit_code = 4
 
 
+class ResumeMismatchError(NFError):
+    """A run folder was begun with other settings, data or software; the message shows each difference."""
+
+    exit_code = 6
+
+
 class NonFiniteError(NFError):
-    """A loss or an activation became NaN or infinite; nothing was written after it."""
+    """A loss, a weight or an activation became NaN or infinite; nothing was committed after it."""
 
     exit_code = 7
 
@@ -188,6 +197,28 @@ class DeviceLostError(NFError):
         super().__init__(message)
         self.call = call
         self.code = code
+
+
+class RunLockedError(NFError):
+    """Another process writes the run folder.
+
+    Attributes:
+        pid, host, since: of the process that holds it, as it wrote them; 0 and "" where it has not yet.
+    """
+
+    exit_code = 77
+
+    def __init__(self, message: str, *, pid: int, host: str, since: str) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.host = host
+        self.since = since
+
+
+class PermissionRefusedError(NFError):
+    """A folder or a file belongs to another user, or others may write it, or it is a link or no regular file."""
+
+    exit_code = 77
 
 
 class DiskFullError(NFError):

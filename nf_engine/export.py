@@ -14,27 +14,24 @@ import hashlib
 import io
 import json
 import math
-import secrets
-import shutil
+import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from nf_engine.checkpoint import SCORES, assign, parse, state_of, to_bytes
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError, UnsupportedModelError
 from nf_engine.exits import EarlyExitModel, Scaled
 from nf_engine.heads import Shape, build_head
 from nf_engine.models import ModelSpec
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec, Record
-from nf_engine.run_folder import RunFolder
+from nf_engine.run_folder import MANIFEST, read_run, staging
 from nf_engine.stages import Cut, split
 
 __all__ = ["export_pt2", "load", "save_pretrained"]
@@ -69,6 +66,9 @@ class _Facts(Record):
     stages: tuple[str, ...]
     normalisation: Normalisation
     exits: tuple[_Exit, ...]
+
+
+Facts = TypeVar("Facts", bound=_Facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +109,13 @@ def save_pretrained(model: EarlyExitModel, folder: str | Path, *, exit: int | No
         raise ConfigError(f"{folder}: expected a new or an empty folder, found one with files, or a file; name another")
     target = _on_cpu(model if exit is None else model.truncate(exit))
     facts = _checked_facts(target)
-    data = to_safetensors(_state(target), {"format": FORMAT})
+    data = to_bytes(state_of(dict(_parts(target))), {"format": FORMAT})
     config = {**facts, "sha256": hashlib.sha256(data).hexdigest()}
-    with _staging(folder) as staging:
-        staging.write(WEIGHTS, data)
-        staging.write(CONFIG, json.dumps(config, indent=1) + "\n")
-        _compare(target, _read_back(staging.path, target), folder)
-        _put(staging.path, folder)
+    with staging(folder) as parts:
+        parts.write(WEIGHTS, data)
+        parts.write(CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+        _compare(target, _read_back(parts.path, target), folder)
+        parts.put(parts.path, folder)
     return folder
 
 
@@ -146,11 +146,11 @@ def export_pt2(model: EarlyExitModel, path: str | Path, *, exit: int = -1, verif
     program = _exported(target, path)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    with _staging(path) as staging:
-        part = staging.write("model.pt2", buffer.getvalue())
+    with staging(path) as parts:
+        part = parts.write("model.pt2", buffer.getvalue())
         if verify:
             _compare_pt2(target, part, path)
-        _put(part, path)
+        parts.put(part, path)
     return path
 
 
@@ -173,36 +173,10 @@ def _checked_facts(model: EarlyExitModel) -> dict[str, Any]:
     return model.facts
 
 
-def _state(model: EarlyExitModel) -> dict[str, Tensor]:
-    """Weights and buffers, copied: safetensors refuses tensors that share memory, as tied weights do."""
-    return {
-        f"{prefix}.{key}": value.detach().clone(memory_format=torch.contiguous_format)
-        for prefix, module in _parts(model)
-        for key, value in module.state_dict().items()
-    }
-
-
 def _parts(model: EarlyExitModel) -> Iterator[tuple[str, nn.Module]]:
     for k, (body, head) in enumerate(zip(model.bodies, model.heads, strict=True)):
         yield f"unit{k}.body", body
         yield f"unit{k}.head", head
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[RunFolder]:
-    """A folder beside the target that is gone afterwards; what is right in it is renamed before."""
-    folder = RunFolder(target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp", "")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
-
-
-def _put(part: Path, target: Path) -> None:
-    try:
-        part.rename(target)
-    except OSError as error:
-        raise ExportError(f"{target}: cannot rename {part}: {error.strerror}; give the result a new name") from None
 
 
 def _read_back(folder: Path, model: EarlyExitModel) -> EarlyExitModel:
@@ -210,7 +184,9 @@ def _read_back(folder: Path, model: EarlyExitModel) -> EarlyExitModel:
         if model.facts["model"] is not None:
             return load(folder)
         facts = _read_facts(folder / CONFIG, _ExportFacts)  # a user's own class: its copy gets the weights of the file
-        return _filled(copy.deepcopy(model), _exported_state(folder, cast(_ExportFacts, facts)), folder / WEIGHTS)
+        found = copy.deepcopy(model)
+        assign(dict(_parts(found)), _exported_state(folder, facts), str(folder / WEIGHTS))
+        return found
     except CorruptFileError as error:
         raise ExportError(f"{error} (read back right after writing; nothing was kept)") from error
 
@@ -299,20 +275,22 @@ def load(
         UnsupportedModelError: the model given cannot be cut into stages.
     """
     folder, device = Path(path), _device(map_location)
-    exported = (folder / CONFIG).is_file()
-    where = folder / (CONFIG if exported else "model.json")
-    if not where.is_file():
-        raise ConfigError(
-            f"{folder}: expected {CONFIG} (exported) or model.json (finished run), found neither; name such a folder"
-        )
-    facts = _read_facts(where, _ExportFacts if exported else _RunFacts)
-    whole = _rebuilt(facts, model, where)
-    if isinstance(facts, _ExportFacts):
-        _filled(whole, _exported_state(folder, facts), folder / WEIGHTS)
+    if (folder / CONFIG).is_file():
+        facts: _ExportFacts | _RunFacts = _read_facts(folder / CONFIG, _ExportFacts)
+        where, chosen = folder / CONFIG, None
+        state = _exported_state(folder, cast(_ExportFacts, facts))
+    elif (folder / MANIFEST).is_file():
+        where = folder / "model.json"
+        facts, state = _run(folder, where)
+        chosen = facts.chosen
     else:
-        _filled(whole, _run_state(folder), folder)
-    if exit == "best" and isinstance(facts, _RunFacts):
-        exit = facts.chosen
+        raise ConfigError(
+            f"{folder}: expected {CONFIG} (exported) or {MANIFEST} (a run), found neither; name such a folder"
+        )
+    whole = _rebuilt(facts, model, where)
+    assign(dict(_parts(whole)), state, str(folder / WEIGHTS if chosen is None else folder))
+    if exit == "best" and chosen is not None:
+        exit = chosen
     return (whole if isinstance(exit, str) else whole.truncate(exit)).to(device).eval()
 
 
@@ -326,10 +304,13 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _read_facts(path: Path, kind: type[_Facts]) -> _Facts:
-    text = _read(path, JSON_LIMIT)
+def _read_facts(path: Path, kind: type[Facts]) -> Facts:
+    return _parsed_facts(_read(path, JSON_LIMIT), path, kind)
+
+
+def _parsed_facts(text: bytes, path: Path, kind: type[Facts]) -> Facts:
     try:
-        found = json.loads(text)
+        found = json.loads(text.decode())  # of bytes it would guess the encoding
         form = found.get("format") if isinstance(found, dict) else None
         if form != FORMAT:
             raise CorruptFileError(f"format: expected {FORMAT!r}, found {form!r}; use the version that wrote it")
@@ -341,11 +322,16 @@ def _read_facts(path: Path, kind: type[_Facts]) -> _Facts:
 
 
 def _read(path: Path, limit: int | None = None) -> bytes:
+    """A regular file, or a link to one: a pipe must not keep us waiting."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CorruptFileError(f"{path}: expected a regular file, found another kind; export again")
             data = file.read() if limit is None else file.read(limit + 1)
     except OSError as error:
         raise CorruptFileError(f"{path}: cannot be read: {error.strerror}; restore it, or export again") from None
+    except MemoryError:
+        raise CorruptFileError(f"{path}: larger than the memory; this is no file of ours") from None
     if limit is not None and len(data) > limit:
         raise CorruptFileError(f"{path}: expected at most {limit} bytes, found more; this is no file of ours")
     return data
@@ -452,45 +438,20 @@ def _exported_state(folder: Path, facts: _ExportFacts) -> dict[str, Tensor]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != facts.sha256:
         raise CorruptFileError(f"{path}: sha256: expected {facts.sha256}, found {digest}; restore it, or export again")
-    return _parsed(data, path)
+    return parse(data, str(path))
 
 
-def _run_state(folder: Path) -> dict[str, Tensor]:
-    """The weights of all blocks of a run."""
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("b*.safetensors")):
-        part = _parsed(_read(path), path)
-        if twice := sorted(state.keys() & part.keys()):
-            raise CorruptFileError(f"{path}: {twice[0]} is in another block's file too; expected each key once")
-        state |= part
-    return state
-
-
-def _parsed(data: bytes, path: Path) -> dict[str, Tensor]:
-    try:
-        return from_safetensors(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AssertionError) as error:
-        raise CorruptFileError(f"{path}: expected safetensors, found: {error}; restore it, or export again") from None
-
-
-def _filled(model: EarlyExitModel, state: dict[str, Tensor], where: Path) -> EarlyExitModel:
-    """The model with the weights of a file; every key, shape and dtype must be the model's."""
-    expected = {f"{prefix}.{key}": t for prefix, part in _parts(model) for key, t in part.state_dict().items()}
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        raise CorruptFileError(
-            f"{where}: expected {len(expected)} tensors, found {len(state)}; {len(missing)} missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}; restore the file, or make the model as for training"
+def _run(folder: Path, where: Path) -> tuple[_RunFacts, dict[str, Tensor]]:
+    """What a finished run says of its model, and the weights of all its blocks."""
+    manifest, files = read_run(folder, ("block", "model"))
+    if where.name not in files:
+        raise ConfigError(
+            f"{folder}: expected the folder of a finished run, found one at block {manifest.position.block + 1}; "
+            "finish it by the command that began it"
         )
-    for key, tensor in expected.items():
-        found = state[key]
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise CorruptFileError(
-                f"{where}: {key}: expected {tuple(tensor.shape)} {tensor.dtype}, "
-                f"found {tuple(found.shape)} {found.dtype}; restore the file, or make the model as for training"
-            )
-    for prefix, part in _parts(model):
-        # Copied: tensors read from bytes are aligned to nothing.
-        own = {key: state[f"{prefix}.{key}"].clone() for key in part.state_dict()}
-        part.load_state_dict(own, assign=True)
-    return model
+    facts = _parsed_facts(files.pop(where.name), where, _RunFacts)
+    state: dict[str, Tensor] = {}
+    for name, data in files.items():
+        state |= parse(data, str(folder / name))
+        state.pop(SCORES, None)
+    return facts, state

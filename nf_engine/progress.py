@@ -19,7 +19,7 @@ from nf_engine.records import format_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from nf_engine.controller import BlockMemory, Observer
+    from nf_engine.job import BlockMemory, Observer
     from nf_engine.records import BlockPlan, Plan
     from nf_engine.worker import EpochReport, Score
 

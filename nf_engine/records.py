@@ -7,6 +7,7 @@ suffix. This module imports no torch, so plans can be made, read and printed wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -39,9 +40,14 @@ class Record:
     def from_json(cls, text: str) -> Self:
         """Raises CorruptFileError: no JSON, or a field is missing, unknown or of another type."""
         try:
-            return typing.cast(Self, _build(cls, json.loads(text), cls.__name__))
+            return cls.from_value(json.loads(text))
         except (ValueError, OverflowError, RecursionError) as error:
             raise CorruptFileError(f"not a {cls.__name__} in JSON: {error}; write it again with to_json()") from None
+
+    @classmethod
+    def from_value(cls, value: Any) -> Self:
+        """The record of what JSON was parsed to. Raises ValueError: a field is missing, unknown or of another type."""
+        return typing.cast(Self, _build(cls, value, cls.__name__))
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -55,13 +61,16 @@ class Record:
             raise CorruptFileError(f"{path}: {error}") from None
 
 
+_hints = functools.cache(typing.get_type_hints)  # it compiles the annotations anew each time
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` as parsed from JSON, rebuilt as the annotated type `kind`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         names = [f.name for f in dataclasses.fields(kind)]
         if set(names) != set(value):
             raise ValueError(
@@ -420,3 +429,11 @@ class ExitScore(Record):
     flops: int
     images_per_second: float
     batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitTable(Record):
+    """exits.json of a run folder. chosen: number of the exit that the run chose."""
+
+    chosen: int
+    exits: tuple[ExitScore, ...]

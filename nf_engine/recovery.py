@@ -1,18 +1,38 @@
-"""Recovery: what it takes to start a block again with a smaller batch after the device ran out of memory."""
+"""Recovery: what to make of an error of the device."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
 
 from nf_engine.config import parse_bytes
-from nf_engine.errors import NFError
+from nf_engine.errors import DeviceLostError, NFError
 
 SHARES = (1.0, 0.9, 0.75, 0.5)  # of the planned batch, tried in this order
-RECOVERING = ("cuda",)  # devices that can run out of memory: a block's starting state is kept for them
+RECOVERING = ("cuda",)  # devices that can run out of memory: their blocks are rehearsed, and may start again
+
+
+@contextmanager
+def device_lost() -> Iterator[None]:
+    """Errors of the device but out of memory, after which it can do nothing more for this process.
+
+    Raises:
+        DeviceLostError: instead of torch's AcceleratorError.
+    """
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        if is_out_of_memory(error):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise DeviceLostError(
+            f"the device failed: {first}; nothing was committed after it: run the same command again",
+            call="torch",
+            code=int(getattr(error, "error_code", 0) or 0),
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,22 +50,3 @@ def asked_bytes(error: BaseException) -> int | None:
     if found is None:
         return None
     return int(found[1]) if found[2] == "bytes" else parse_bytes(f"{found[1]}{found[2]}", "bytes asked for")
-
-
-class HostCopy:
-    """Parameters and buffers of some modules as they are now, in host memory."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._values = [t.detach().to("cpu", copy=True) for t in self._tensors()]
-
-    def _tensors(self) -> list[Tensor]:
-        """Looked up anew: a module that changes its device gets new buffers."""
-        return [t for m in self._modules for t in (*m.parameters(), *m.buffers())]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Writes them back, wherever the modules are now, and drops gradients."""
-        for tensor, value in zip(self._tensors(), self._values, strict=True):
-            tensor.copy_(value)
-            tensor.grad = None

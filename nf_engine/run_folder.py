@@ -1,100 +1,737 @@
-"""Run folder: everything that a run leaves on disk, flat, each file written whole or not at all.
+"""Run folder: everything that a run leaves on disk, flat, and the only writer of durable files.
 
-config.toml  plan.json  profile.json  exits.json  metrics.jsonl  log.jsonl  b000.safetensors ... (finished blocks with
-their heads)  x001-g0001.nfc, v001-g0001.nfc (caches of training and held-out activations, deleted when used up).
+    LOCK                       held by the process that writes; its content says which
+    MANIFEST.json              what the run consists of: every file below with length and digest (manifest.py)
+    MANIFEST.prev.json         the commit before, whose durable files stay: one step back is always possible
+    config.toml profile.json plan.json initial.safetensors        written by the first commit
+    b003-g0007.safetensors     a finished block; c0000412.safetensors  the block in training
+    x004-g0009.nfc v004-...    caches of training and held-out activations: listed, but derivable, so never synced
+    metrics.jsonl              a line an epoch; the manifest says how much of it counts
+    exits.json model.json      written by the last commit; log.jsonl: times and events, in no manifest
+
+No file is changed in place. A commit has four barriers: new files are written under other names and synced; renamed,
+and the folder synced; the manifest is written and synced; renamed over the old one, and the folder synced. A crash at
+any point leaves the old commit or the new one. Files that neither manifest lists are deleted after it, or by the sweep
+of the next start. Every operation goes through nf_engine._cache.io, where faults can be injected.
 """
 
 from __future__ import annotations
 
+import datetime
+import errno
 import json
+import logging
 import os
+import platform
+import secrets
+import shutil
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save as to_safetensors
-from torch import nn
+from nf_engine import _cache
+from nf_engine.errors import (
+    ConfigError,
+    CorruptFileError,
+    DiskFullError,
+    NFError,
+    PermissionRefusedError,
+    RunLockedError,
+    StorageError,
+)
+from nf_engine.manifest import FORMAT, LIMIT, FileEntry, Manifest, Position, digest_of, is_ours
 
-from nf_engine.errors import ConfigError, DiskFullError, StorageError
+__all__ = ["NewFile", "RunFolder", "default_path", "go_back", "read_run", "staging"]
 
-DISK_FULL = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
+log = logging.getLogger(__name__)
+
+MANIFEST, PREVIOUS, LOCK, LOG, METRICS, BALLAST = (
+    *("MANIFEST.json", "MANIFEST.prev.json", "LOCK", "log.jsonl", "metrics.jsonl", "ballast.tmp"),
+)
+FIXED = {MANIFEST, PREVIOUS, LOCK, LOG}
+HEAD = 4096  # most bytes read of a LOCK
+REFUSED = {
+    errno.ELOOP: "a link",
+    errno.ENXIO: "a socket or a device",
+    errno.EISDIR: "a folder",
+    errno.EACCES: "one that this user may not open",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file for the next commit to write: its name follows from role, block and generation."""
+
+    role: str
+    data: bytes
+    block: int = 0
+
+    def name(self, generation: int) -> str:
+        if self.role == "block":
+            return f"b{self.block:03d}-g{generation:04d}.safetensors"
+        if self.role == "train":
+            return f"c{generation:07d}.safetensors"
+        if self.role == "plan":
+            return "plan.json" if generation == 1 else f"plan-g{generation:04d}.json"
+        return {"config": "config.toml", "initial": "initial.safetensors"}.get(self.role, f"{self.role}.json")
+
+
+def default_path(model: str) -> Path:
+    """runs/<time>-<model>"""
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model)
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 class RunFolder:
-    """A new folder for one run; `path` is created, its owner alone may enter."""
+    """The folder of one run, locked for this process until `close`.
 
-    def __init__(self, path: str | Path | None, model: str) -> None:
-        """Raises ConfigError where the folder holds files already, StorageError where it cannot be made."""
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model)
-        self.path = Path(path) if path is not None else Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    Attributes:
+        path: of the folder. files: its descriptor, for caches. manifest: of the last commit, None before the first.
+        strangers: names in it that no run of ours could have written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Makes the folder where it is missing, locks it, reads its manifest, and removes what a crash left.
+
+        Raises:
+            ConfigError: it holds files of somebody else and no manifest.
+            RunLockedError: another process has it.
+            PermissionRefusedError: it is a link, another user's, or others may write it.
+            CorruptFileError: its manifest is damaged; says how to go one commit back.
+            DiskFullError, StorageError: it cannot be made or read.
+        """
+        self.path = Path(path)
+        self.files = _made(self.path)
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            taken = sorted(p.name for p in self.path.iterdir())
-        except OSError as error:
-            raise _failed(error, "mkdir", self.path) from None
-        if taken:
-            raise ConfigError(
-                f"output_dir {self.path} holds {taken[0]} and {len(taken) - 1} more; name a new or empty folder"
-            )
-
-    def write(self, name: str, data: str | bytes) -> Path:
-        """Writes one file whole, synced, under its final name only when complete."""
-        path, part = self.path / name, self.path / f"{name}.tmp"
+            _check_unused(self.files, self.path)
+            self._lock = _locked(self.files, self.path)
+        except BaseException:
+            self.files.close()
+            raise
         try:
-            with part.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise _failed(error, "write", path) from None
-        return path
+            self._present: bytes | None = None
+            self.manifest = self._read_manifest()
+            self.strangers = self._sweep()
+            self._lines = self._read_metrics()
+        except BaseException:
+            self.close()
+            raise
+        self._condemned: NFError | None = None
+        self._tail_lost = False  # of metrics.jsonl: its fsync has failed
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Appends one line of JSON to a log."""
+    def close(self) -> None:
+        """Gives the lock back. Can be called again."""
+        self._lock.release()
+        self.files.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- start ---
+
+    def _read_manifest(self) -> Manifest | None:
+        names = set(self.files.list())
+        if MANIFEST in names:
+            self._present = _read(self.files, MANIFEST, LIMIT)
+            try:
+                return Manifest.parse(self._present, f"{self.path / MANIFEST}")
+            except CorruptFileError as error:
+                raise CorruptFileError(f"{error}; {_how_to_go_back(self.path)}") from None
+        if PREVIOUS in names:
+            raise CorruptFileError(f"{self.path / MANIFEST} is missing; {_how_to_go_back(self.path)}")
+        return None
+
+    def _sweep(self) -> list[str]:
+        """Removes what a crash has left, of our own names alone, and never through a link; returns the other names."""
+        strangers = []
+        kept = FIXED | _listed(self.manifest) | _durable(self._previous())
+        for name in self.files.list():
+            if name in kept:
+                continue
+            status = self.files.lstat(name)
+            if is_ours(name) and status.regular:
+                self.files.unlink(name)
+            else:
+                strangers.append(name)
+        return strangers
+
+    def _previous(self) -> Manifest | None:
+        """The commit before, where it can be read: it only keeps files from being deleted."""
+        if PREVIOUS not in self.files.list():
+            return None
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise _failed(error, "append", self.path / name) from None
+            return Manifest.parse(_read(self.files, PREVIOUS, LIMIT), PREVIOUS)
+        except (CorruptFileError, StorageError) as error:
+            log.warning("%s cannot be read, there is no step back before the next commit: %s", PREVIOUS, error)
+            return None
 
-    def log(self, event: str, **values: Any) -> None:
-        self.append("log.jsonl", {"time": round(time.time(), 3), "event": event, **values})
+    def _read_metrics(self) -> bytes:
+        """The lines that count; the tail of an interrupted run is cut off."""
+        entries = self.manifest.of_role("metrics") if self.manifest else []
+        if not entries:
+            return b""
+        (entry,) = entries
+        data = self.read(entry)
+        with _appending(self.files, METRICS) as file:
+            if file.stat().size > len(data):
+                file.truncate(len(data))
+        return data
 
-    def write_weights(self, name: str, modules: dict[str, nn.Module], facts: dict[str, str]) -> Path:
-        """Writes the state of some modules, keys prefixed by their names, as safetensors."""
-        state: dict[str, torch.Tensor] = {}
-        memory: set[int] = set()
-        for prefix, module in modules.items():
-            for key, value in module.state_dict().items():
-                stored = value.detach().cpu().contiguous()
-                if stored.untyped_storage().data_ptr() in memory:
-                    stored = stored.clone()  # safetensors refuses tensors that share memory, as tied weights do
-                memory.add(stored.untyped_storage().data_ptr())
-                state[f"{prefix}.{key}"] = stored
-        return self.write(name, to_safetensors(state, facts))
+    # --- read ---
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The bytes of a file of the manifest, once they have its digest.
+
+        Raises:
+            CorruptFileError: they are not what was committed. PermissionRefusedError: it is a link or another's.
+        """
+        return _read_entry(self.files, self.path, entry)
+
+    @property
+    def manifest_now(self) -> Manifest:
+        """Of the last commit; there has been one."""
+        assert self.manifest is not None
+        return self.manifest
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        try:
+            return [json.loads(line) for line in self._lines.splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(
+                f"{self.path / METRICS}: expected a JSON object a line, found: {error}; {_how_to_go_back(self.path)}"
+            ) from None
+
+    def free_bytes(self) -> int:
+        return self.files.free_bytes()
+
+    # --- write ---
+
+    @property
+    def next_generation(self) -> int:
+        return self.manifest.generation + 1 if self.manifest else 1
+
+    def begin(self, config_sha256: str, data_sha256: str, env: dict[str, str], new: Sequence[NewFile]) -> None:
+        """The first commit."""
+        assert self.manifest is None
+        first = Manifest(
+            format=FORMAT,
+            generation=0,
+            prev_sha256="",
+            run_id=secrets.token_hex(16),
+            done=False,
+            position=Position(),
+            config_sha256=config_sha256,
+            data_sha256=data_sha256,
+            env=env,
+            files=(),
+        )
+        self.files.fsync()  # LOCK: without it a power cut could leave files that look like somebody else's
+        self._commit(first, new, (), ())
+
+    def commit(
+        self,
+        position: Position,
+        new: Sequence[NewFile] = (),
+        *,
+        there: Sequence[FileEntry] = (),
+        drop: Sequence[str] = (),
+        done: bool = False,
+    ) -> None:
+        """Makes a state of the run durable: after the return a crash leaves this one, before it the last one.
+
+        Args:
+            position: how far the run has come.
+            new: files to write; one of the same role and block takes the place of the last one's.
+            there: caches that are in the folder already.
+            drop: roles whose files leave the manifest.
+            done: the run is complete.
+
+        Raises:
+            DiskFullError, StorageError: the state is the last commit's or, where the last barrier failed, the new one.
+        """
+        assert self.manifest is not None
+        if self._condemned is not None:
+            raise self._condemned
+        wanted = replace(self.manifest, position=position, done=done)
+        try:
+            self._commit(wanted, new, there, drop)
+        except DiskFullError:
+            if self._condemned is not None or not self.drop_ballast():
+                raise
+            self.log("ballast_dropped")  # its room was kept for this moment
+            self._commit(wanted, new, there, drop)
+        except StorageError as error:
+            self._condemned = error  # what is on the disk is not known any more: the next start looks
+            raise
+
+    def _commit(
+        self, wanted: Manifest, new: Sequence[NewFile], there: Sequence[FileEntry], drop: Sequence[str]
+    ) -> None:
+        generation = wanted.generation + 1
+        data = {file.name(generation): file.data for file in new}
+        entries = [
+            FileEntry(name, file.role, file.block, len(file.data), digest_of(file.data))
+            for name, file in zip(data, new, strict=True)
+        ]
+        entries += there
+        replaced = {(e.role, e.block) for e in entries if e.role != "cache"}
+        kept = [
+            e for e in wanted.files if (e.role, e.block) not in replaced and e.role not in drop and e.role != "metrics"
+        ]
+        metrics = FileEntry(METRICS, "metrics", 0, len(self._lines), digest_of(self._lines))
+        made = replace(
+            wanted,
+            generation=generation,
+            prev_sha256=digest_of(self._present) if self._present is not None else "",
+            files=tuple(sorted((*kept, *entries, metrics), key=lambda e: e.name)),
+        )
+        self._publish(made, data)
+
+    def _publish(self, made: Manifest, data: dict[str, bytes]) -> None:
+        """The four barriers."""
+        content = made.to_bytes()
+        everything = {**data, PREVIOUS: self._present} if self._present is not None else data
+        published = False
+        try:
+            for name, part in everything.items():
+                self._write_synced(f"{name}.tmp", part)
+            self._sync_metrics()
+            for name in everything:
+                self.files.rename(f"{name}.tmp", name)
+            self.files.fsync()
+            self._write_synced(f"{MANIFEST}.tmp", content)
+            published = True  # as far as anybody can tell from here on
+            self.files.rename(f"{MANIFEST}.tmp", MANIFEST)
+            self.files.fsync()
+        except NFError as error:
+            if published:
+                self._condemned = error  # a second attempt would touch what the manifest on the disk may list
+            for name in (*(f"{n}.tmp" for n in (*everything, MANIFEST)), *(() if published else data)):
+                self._remove_quietly(name)
+            raise
+        before, self.manifest, self._present = self.manifest, made, content
+        self._clean(before)
+
+    def _write_synced(self, name: str, data: bytes) -> None:
+        """A new file on the disk. After a failed fsync its pages count as clean though they are not: written anew."""
+        try:
+            _write(self.files, name, data)
+        except StorageError as error:
+            if error.op != "fsync":
+                raise
+            log.warning("%s; the file is written again, once", error)
+            _write(self.files, name, data)
+
+    def _sync_metrics(self) -> None:
+        if not self._tail_lost:
+            try:
+                with _appending(self.files, METRICS) as file:
+                    self._tail_lost = True  # until fsync has said otherwise: asked again, it would lie
+                    file.fsync()
+                self._tail_lost = False
+                return
+            except (StorageError, DiskFullError) as error:
+                if not self._tail_lost:
+                    raise
+                log.warning("%s; the file is written again, once", error)
+        _write(self.files, f"{METRICS}.tmp", self._lines)
+        self.files.rename(f"{METRICS}.tmp", METRICS)
+        self._tail_lost = False
+
+    def _clean(self, before: Manifest | None) -> None:
+        """Deletes what neither this commit nor the one before lists; of the one before, caches go too."""
+        kept = FIXED | {BALLAST} | _listed(self.manifest) | _durable(before)
+        for name in self.files.list():
+            if name not in kept and is_ours(name) and not name.endswith(".tmp") and self.files.lstat(name).regular:
+                self._remove_quietly(name)
+
+    def _remove_quietly(self, name: str) -> None:
+        """Of a file that the next start would sweep anyway."""
+        try:
+            self.files.unlink(name)
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                log.warning("%s stays until the next start: %s", name, error)
 
     def remove(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+        """Deletes a file that no commit lists any more."""
+        self._remove_quietly(name)
+
+    def add_metrics(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, which counts from the next commit on."""
+        line = json.dumps(record).encode("ascii") + b"\n"
+        with _appending(self.files, METRICS) as file:
+            file.write(len(self._lines), line)
+        self._lines += line
+
+    def cut_metrics(self, count: int | None = None) -> None:
+        """Keeps the first `count` lines, or those that the last commit counts."""
+        if count is None:
+            (entry,) = self.manifest_now.of_role("metrics")
+            count = self._lines[: entry.bytes].count(b"\n")
+        self._lines = b"".join(self._lines.splitlines(keepends=True)[:count])
+        with _appending(self.files, METRICS) as file:
+            file.truncate(len(self._lines))
+
+    def log(self, event: str, **values: Any) -> None:
+        """A line of log.jsonl, control characters escaped; a disk that refuses it is told of and stops nothing."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=str) + "\n"
+        try:
+            with _appending(self.files, LOG) as file:
+                file.write(file.stat().size, line.encode("ascii"))
+        except (StorageError, DiskFullError) as error:
+            log.warning("not in %s: %s: %s", LOG, event, error)
+
+    # --- room ---
+
+    def reserve(self, size: int) -> None:
+        """Takes room now for what will be written later, before anyone works for it.
+
+        Raises:
+            DiskFullError: there is none.
+        """
+        self.drop_ballast()
+        file = self.files.create(BALLAST, direct=False)
+        try:
+            file.reserve(max(1, size))
+        except NFError:
+            file.close()
+            self._remove_quietly(BALLAST)
+            raise
+        file.close()
+
+    def drop_ballast(self) -> bool:
+        """Gives the reserved room back; whether there was any."""
+        there = BALLAST in self.files.list()
+        if there:
+            self._remove_quietly(BALLAST)
+        return there
 
 
-def _failed(error: OSError, op: str, path: Path) -> DiskFullError | StorageError:
-    number = error.errno or 0
-    if number in DISK_FULL:
-        stat = os.statvfs(path.parent)
-        free = stat.f_bavail * stat.f_frsize
-        return DiskFullError(
-            f"{path}: the disk is full, {free} bytes are free; free some space, or name another output_dir",
-            path=str(path),
-            needed=0,
-            free=free,
+# --- without the lock -----------------------------------------------------------------------------------------------
+
+
+def read_run(path: Path, roles: Sequence[str]) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest of a run and the verified bytes of its files of some roles, by name; the folder may be in use.
+
+    Raises:
+        ConfigError: the path is no run folder. CorruptFileError, PermissionRefusedError: as RunFolder.read.
+    """
+    try:
+        files = _cache.io.Folder(str(path), follow=False)
+    except StorageError as error:
+        raise ConfigError(f"{path}: expected a run folder, found: {error}") from None
+    try:
+        if MANIFEST not in files.list():
+            raise ConfigError(f"{path}: expected a run folder with {MANIFEST}, found none; name such a folder")
+        _check_owner(files, path)
+        manifest = Manifest.parse(_read(files, MANIFEST, LIMIT), f"{path / MANIFEST}")
+        return manifest, {e.name: _read_entry(files, path, e) for e in manifest.files if e.role in roles}
+    finally:
+        files.close()
+
+
+def go_back(path: Path) -> Manifest:
+    """Makes the commit before the last one the last one, as `nf-engine doctor --recover` does; returns it.
+
+    For a run whose MANIFEST.json, or a file that only it lists, is damaged. Work since that commit is done again.
+
+    Raises:
+        ConfigError: there is no commit before. CorruptFileError: that one is damaged, too.
+        RunLockedError, PermissionRefusedError, StorageError: as for RunFolder.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: expected a run folder, found none")
+    files = _made(path)
+    try:
+        if PREVIOUS not in files.list():
+            raise ConfigError(f"{path}: expected {PREVIOUS}, found none; the run has one commit or none")
+        lock = _locked(files, path)
+        try:
+            data = _read(files, PREVIOUS, LIMIT)
+            manifest = Manifest.parse(data, f"{path / PREVIOUS}")
+            for entry in manifest.files:
+                if entry.role != "cache":
+                    _read_entry(files, path, entry)
+            if f"{MANIFEST}.tmp" in files.list():
+                files.unlink(f"{MANIFEST}.tmp")
+            _write(files, f"{MANIFEST}.tmp", data)
+            files.rename(f"{MANIFEST}.tmp", MANIFEST)
+            files.fsync()
+            return manifest
+        finally:
+            lock.release()
+    finally:
+        files.close()
+
+
+class Staging:
+    """A private folder for what will get its name when it is complete."""
+
+    def __init__(self, path: Path, files: _cache.io.Folder) -> None:
+        self.path, self._files = path, files
+
+    def write(self, name: str, data: bytes) -> Path:
+        """A new file, synced."""
+        _write(self._files, name, data)
+        self._files.fsync()
+        return self.path / name
+
+    def put(self, part: Path, target: Path) -> None:
+        """Gives the folder, or a file in it, its name. Raises StorageError: that cannot be done."""
+        try:
+            part.rename(target)
+        except OSError as error:
+            raise StorageError(
+                f"{target}: cannot rename {part}: {error.strerror}; give the result a new name",
+                op="rename",
+                path=str(target),
+                offset=-1,
+                errno=error.errno or 0,
+            ) from None
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Staging]:
+    """A folder beside the target that is gone afterwards; what is right in it is renamed before."""
+    path = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    files = _made(path)
+    try:
+        yield Staging(path, files)
+    finally:
+        files.close()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- one file, one folder -------------------------------------------------------------------------------------------
+
+
+def _made(path: Path) -> _cache.io.Folder:
+    """The folder, made where it is missing; its owner, this user, alone may write it."""
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow the link that is refused below)
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{whole.parent}: cannot be made: {error.strerror}; name another output_dir",
+            op="mkdir",
+            path=str(whole.parent),
+            offset=-1,
+            errno=error.errno or 0,
+        ) from None
+    parent = _cache.io.Folder(str(whole.parent))
+    try:
+        parent.make_folder(whole.name)
+        parent.fsync()
+    except StorageError as error:
+        if error.errno != errno.EEXIST:
+            raise
+    finally:
+        parent.close()
+    try:
+        files = _cache.io.Folder(str(path), follow=False)
+    except StorageError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
+            raise
+        raise PermissionRefusedError(
+            f"{path}: expected a folder of this user, found a link, a file or what this user may not open; name another"
+        ) from None
+    try:
+        _check_owner(files, path)
+    except NFError:
+        files.close()
+        raise
+    return files
+
+
+def _check_owner(files: _cache.io.Folder, path: Path) -> None:
+    status = files.stat()
+    if status.owner != os.geteuid():
+        raise PermissionRefusedError(
+            f"{path}: expected a folder of user {os.geteuid()}, found one of user {status.owner}; name another folder"
         )
-    return StorageError(
-        f"{op} of {path} failed: {error.strerror}; check the disk and the rights of the folder",
-        op=op,
-        path=str(path),
-        offset=-1,
-        errno=number,
+    if status.mode & 0o022:
+        raise PermissionRefusedError(
+            f"{path}: expected a folder that its owner alone may write, found mode {status.mode:o}; "
+            f"chmod go-w {path}, if you trust what is in it"
+        )
+
+
+def _check_unused(files: _cache.io.Folder, path: Path) -> None:
+    """Raises ConfigError where a folder without a commit holds what no first commit has left: a run makes LOCK first,
+    and without it config.toml is the user's own."""
+    names = set(files.list())
+    if names & {MANIFEST, PREVIOUS}:
+        return
+    taken = sorted(n for n in names if LOCK not in names or not (n in FIXED or is_ours(n)))
+    if taken:
+        raise ConfigError(
+            f"output_dir {path} holds {taken[0]!r}{f' and {len(taken) - 1} more' * (len(taken) > 1)} and no run of "
+            "nf_engine; name a new or empty folder"
+        )
+
+
+def _locked(files: _cache.io.Folder, path: Path) -> _cache.io.FolderLock:
+    try:
+        lock = files.lock(LOCK)
+    except StorageError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise _as_refusal(error) from None
+        raise _held(files, path) from None
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    text = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
+    try:
+        with _appending(files, LOCK) as file:
+            file.truncate(0)
+            file.write(0, text.encode("ascii"))
+    except NFError:
+        lock.release()
+        raise
+    return lock
+
+
+def _held(files: _cache.io.Folder, path: Path) -> RunLockedError:
+    for pause in (0.0, 0.01, 0.1, 0.4):  # whoever has just got it has not yet written over the name of the last one
+        time.sleep(pause)
+        pid, host, since = _holder(files)
+        if pid and (host != platform.node() or Path("/proc", str(pid)).exists()):
+            break
+    who = f"process {pid} on {host!r} since {since!r}" if pid else "another process"
+    return RunLockedError(
+        f"{path} is in use by {who}; wait for its end, or name another folder", pid=pid, host=host, since=since
     )
+
+
+def _holder(files: _cache.io.Folder) -> tuple[int, str, str]:
+    try:
+        found = json.loads(_read(files, LOCK, HEAD))
+        return int(found["pid"]), str(found["host"]), str(found["since"])
+    except (NFError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return 0, "", ""
+
+
+def _read(files: _cache.io.Folder, name: str, most: int, *, start: bool = False) -> bytes:
+    """A whole file of ours of at most `most` bytes, or the first so many.
+
+    Raises CorruptFileError: it is longer; PermissionRefusedError: it is a link, a device, or not this user's.
+    """
+    file = _opened(files, name)
+    try:
+        size = _own(file).size
+        if size > most and not start:
+            raise CorruptFileError(f"{file.path}: expected {most} bytes at most, found {size}")
+        data = bytearray(min(size, most))
+        if data:
+            file.read(0, data)
+        return bytes(data)
+    except MemoryError:
+        raise CorruptFileError(f"{file.path}: expected a file that fits into memory, found {size} bytes") from None
+    finally:
+        file.close()
+
+
+def _opened(files: _cache.io.Folder, name: str, *, append: bool = False) -> _cache.io.File:
+    try:
+        return files.append(name) if append else files.open(name, direct=False)
+    except StorageError as error:
+        raise _as_refusal(error) from None
+
+
+def _as_refusal(error: StorageError) -> NFError:
+    """What the kernel will not open says what it is; any other error stays."""
+    if error.errno not in REFUSED:
+        return error
+    return PermissionRefusedError(f"{error.path}: expected a regular file, found {REFUSED[error.errno]}; remove it")
+
+
+def _own(file: _cache.io.File) -> _cache.io.Status:
+    status = file.stat()
+    if not status.regular or status.links != 1 or status.owner != os.geteuid():
+        raise PermissionRefusedError(
+            f"{file.path}: expected a regular file of user {os.geteuid()} with one name, found "
+            f"{'a' if status.regular else 'no'} regular file of user {status.owner} with {status.links}; remove it"
+        )
+    return status
+
+
+@contextmanager
+def _appending(files: _cache.io.Folder, name: str) -> Iterator[_cache.io.File]:
+    """A file that grows or shrinks at its end, made where it is missing."""
+    file = _opened(files, name, append=True)
+    try:
+        _own(file)
+        yield file
+    finally:
+        file.close()
+
+
+def _read_entry(files: _cache.io.Folder, path: Path, entry: FileEntry) -> bytes:
+    """The bytes that the manifest speaks of: metrics.jsonl may have more by now."""
+    try:
+        data = _read(files, entry.name, entry.bytes, start=entry.role == "metrics")
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        raise CorruptFileError(f"{path / entry.name} is missing; {_how_to_go_back(path)}") from None
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}; {_how_to_go_back(path)}") from None
+    _check_digest(path, entry, data)
+    return data
+
+
+def _check_digest(path: Path, entry: FileEntry, data: bytes) -> None:
+    if len(data) != entry.bytes or digest_of(data) != entry.sha256:
+        raise CorruptFileError(
+            f"{path / entry.name}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found {len(data)} with "
+            f"{digest_of(data)}; {_how_to_go_back(path)}"
+        )
+
+
+def _how_to_go_back(path: Path) -> str:
+    return f"restore it, or go one commit back: nf-engine doctor --recover {path}"
+
+
+def _write(files: _cache.io.Folder, name: str, data: bytes) -> None:
+    """A new file, synced; none where that fails."""
+    file = _new(files, name)
+    try:
+        file.write(0, data)
+        file.fsync()
+        file.close()
+    except NFError:
+        _give_up(files, file, name)
+        raise
+
+
+def _new(files: _cache.io.Folder, name: str) -> _cache.io.File:
+    """Created; a file of that name that a failed attempt left is removed before."""
+    try:
+        return files.create(name, direct=False)
+    except StorageError as error:
+        if error.errno != errno.EEXIST:
+            raise
+    files.unlink(name)
+    return files.create(name, direct=False)
+
+
+def _give_up(files: _cache.io.Folder, file: _cache.io.File, name: str) -> None:
+    for clean_up in (file.close, lambda: files.unlink(name)):
+        try:
+            clean_up()
+        except NFError as error:  # the first error says more
+            log.warning("%s: not cleaned up: %s", name, error)
+
+
+def _listed(manifest: Manifest | None) -> set[str]:
+    return {e.name for e in manifest.files} if manifest else set()
+
+
+def _durable(manifest: Manifest | None) -> set[str]:
+    return {e.name for e in manifest.files if e.role != "cache"} if manifest else set()

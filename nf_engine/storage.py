@@ -145,7 +145,7 @@ class ActivationCache:
     @classmethod
     def create(
         cls,
-        folder: Path,
+        folder: Path | _cache.io.Folder,
         name: str,
         geometry: CacheGeometry,
         *,
@@ -161,7 +161,7 @@ class ActivationCache:
         """Reserves a new cache in full, before anyone works for it.
 
         Args:
-            folder: where tier "disk" puts its file; unused by the others.
+            folder: where tier "disk" puts its file, a path or opened; unused by the others.
             name: of the file, [a-z0-9][a-z0-9_.-]*, at most 60 characters.
             geometry: what will be appended.
             tier: "disk", "ram" or "device".
@@ -205,7 +205,7 @@ class ActivationCache:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: Path | _cache.io.Folder,
         record: CacheRecord,
         *,
         device: torch.device | str = "cpu",

@@ -45,6 +45,11 @@ def counter_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def image_order(key: int, samples: int) -> NDArray[np.int64]:
+    """A full shuffle: (samples,) int64."""
+    return np.random.Generator(np.random.Philox(key=key)).permutation(samples)
+
+
 class Batch(NamedTuple):
     """x (N, C, H, W) and labels (N,) on the device; ids (N,) of the samples and copies (N,), both host int64."""
 
@@ -60,8 +65,11 @@ class Inputs(Protocol):
     @property
     def samples(self) -> int: ...  # of one copy
 
-    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """samples // batch full batches of an epoch, in a random order; each is the reader's to overwrite."""
+    def train(self, epoch: int, batch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """samples // batch full batches of an epoch, in a random order; each is the reader's to overwrite.
+
+        start: number of the first; the ones before it are neither read nor made.
+        """
         ...
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
@@ -106,11 +114,11 @@ class ImageInputs:
     def positions(self, key: int) -> NDArray[np.int64]:
         if self.geometry is not None:
             return sample_order(key, self.samples, self.geometry, self.window)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self.samples)
+        return image_order(key, self.samples)
 
-    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train(self, epoch: int, batch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         ids = torch.from_numpy(self.order_ids()[self.positions(pass_key(self.seed, self.block, epoch))])
-        full = ids.split(batch)[: len(ids) // batch]  # type: ignore[no-untyped-call]
+        full = ids.split(batch)[start : len(ids) // batch]  # type: ignore[no-untyped-call]
 
         def load(piece: Piece) -> tuple[Tensor, Tensor]:
             return self.prepare(piece.images, piece.ids, epoch), piece.labels
@@ -198,6 +206,7 @@ class CacheInputs:
 
     def __post_init__(self) -> None:
         self._pass: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._next = (0, 0)  # the epoch and batch that the pass under way goes on with
 
     def order_ids(self) -> NDArray[np.int64]:
         return self.order
@@ -207,31 +216,34 @@ class CacheInputs:
 
     def rewind(self) -> None:
         """Ends a pass that was not read to its end, with the memory that it holds."""
-        self._pass = iter(())
+        self._pass, self._next = iter(()), (0, 0)
 
     def close(self) -> None:
         """Rewinds, and closes the cache."""
         self.rewind()
         self.cache.close()
 
-    def train(self, epoch: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if epoch % self.copies == 0:
-            self._pass = self._read(epoch // self.copies, batch)
-        return itertools.islice(self._pass, self.samples // batch)
+    def train(self, epoch: int, batch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        per_epoch, number = self.samples // batch, epoch % self.copies * (self.samples // batch) + start
+        if number == 0 or self._next != (epoch, start):
+            self._pass = self._read(epoch // self.copies, batch, number)
+        self._next = (epoch + 1, 0)
+        return itertools.islice(self._pass, per_epoch - start)
 
-    def _read(self, number: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, number: int, batch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         key = pass_key(self.seed, self.block, number)
-        for b in self._batches(batch, key, drop_last=True):
+        for b in self._batches(batch, key, drop_last=True, first=first):
             yield b.x, b.labels
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
         yield from self._batches(batch, key)
 
-    def _batches(self, batch: int, key: int | None, drop_last: bool = False) -> Iterator[Batch]:
+    def _batches(self, batch: int, key: int | None, drop_last: bool = False, first: int = 0) -> Iterator[Batch]:
         read = self.cache.batches(
             0,
             batch,
             key=0 if key is None else key,
+            start=first,
             drop_last=drop_last,
             out_dtype=self.dtype,
             window_bytes=self.window,
@@ -258,6 +270,21 @@ class EpochReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where in a block a training begins: after `epoch` epochs and `step` steps of the next one.
+
+    losses: (units,) sums over these steps; None where there are none.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    losses: Tensor | None = None
+
+
+Between = Callable[[int, int, Tensor], None]
+
+
 def train_epochs(
     units: Sequence[Unit],
     inputs: Inputs,
@@ -267,18 +294,23 @@ def train_epochs(
     report: Callable[[EpochReport], None],
     *,
     block: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    start: Start | None = None,
+    between: Between | None = None,
     counter: TensorBytes | None = None,
     recorder: Recorder | None = None,
 ) -> None:
     """Trains all units of a block for the configured epochs.
 
     Args:
+        start: a state that the units have reached before; None: their first step.
+        between: called before each step with epoch, step and the summed losses (units,) of the epoch so far; all steps
+            before are whole, and an exception ends the training there.
         recorder: of the step as a whole; None: every step is eager. Its last recording is the caller's to release.
 
     Raises:
-        NonFiniteError: a local loss is NaN or infinite at the end of an epoch; names block, unit and epoch.
+        NonFiniteError: a local loss is NaN or infinite; names block, unit and epoch, and on the CPU the step.
     """
+    start = start or Start()
     per_epoch = inputs.samples // plan.batch
     steps = per_epoch * config.epochs
     warmup = round(per_epoch * min(config.warmup_epochs, config.epochs / 2))
@@ -288,34 +320,54 @@ def train_epochs(
         unit.body.train()
         unit.head.train()
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        source = watched(inputs.train(epoch, plan.batch), counter if epoch < 2 else None)
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            rate = learning_rate(step, steps, warmup, plan.lr)
+    def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        source = watched(inputs.train(epoch, plan.batch, first), counter if epoch < start.epoch + 2 else None)
+        for step in range(first, per_epoch):
+            if device.type == "cpu" and step > first:  # elsewhere it would wait for the device
+                _check_losses(losses.tolist(), units, plan, block, epoch, step - 1)
+            if between is not None:
+                between(epoch, step, losses)
+            rate = learning_rate(epoch * per_epoch + step, steps, warmup, plan.lr)
             if graph is not None:
                 graph.rate.fill_(rate)
             else:
                 for unit in units:
                     set_rate(unit, rate)
-            if on_step is not None:
-                on_step(step, steps)
+            seed_step(device, config.seed, block, epoch, step)
             yield next(source)
         source.close()
 
-    for epoch in range(config.epochs):
+    for epoch in range(start.epoch, config.epochs):
         started = time.perf_counter()
         losses.zero_()
-        done = train_block(units, batches(epoch), losses, graph)
-        means = tuple((losses / max(1, done)).tolist())  # the only wait for the device in an epoch
-        for unit, mean in zip(units, means, strict=True):
-            if not math.isfinite(mean):
-                raise NonFiniteError(
-                    f"block {block}, unit {unit.name}, epoch {epoch}: the local loss is {mean}; "
-                    f"lower lr (the block trains at {plan.lr:.4g}) or raise warmup_epochs"
-                )
+        first = start.step if epoch == start.epoch else 0
+        if first and start.losses is not None:
+            losses.copy_(start.losses)
+        done = train_block(units, batches(epoch, first), losses, graph)
+        means = tuple((losses / max(1, first + done)).tolist())  # the only wait for the device in an epoch
+        _check_losses(means, units, plan, block, epoch, per_epoch - 1)
         if graph is not None:
             graph.end_epoch()
-        report(EpochReport(block, epoch, means, done * plan.batch, time.perf_counter() - started))
+        report(EpochReport(block, epoch, means, (first + done) * plan.batch, time.perf_counter() - started))
+
+
+def _check_losses(
+    losses: Sequence[float], units: Sequence[Unit], plan: BlockPlan, block: int, epoch: int, step: int
+) -> None:
+    for unit, loss in zip(units, losses, strict=True):
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"block {block}, unit {unit.name}, epoch {epoch}, step {step} or before: the local loss is {loss}; "
+                f"lower lr (the block trains at {plan.lr:.4g}) or raise warmup_epochs"
+            )
+
+
+def seed_step(device: torch.device, seed: int, block: int, epoch: int, step: int) -> None:
+    """Makes what a module draws in a step (dropout) a function of the step's number."""
+    key = counter_key(seed, "step", block, epoch, step) >> 1  # manual_seed of the default generator takes 63 bits
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
 
 
 def set_rate(unit: Unit, rate: float) -> None:
@@ -383,10 +435,13 @@ __all__ = [
     "ImageInputs",
     "Inputs",
     "Score",
+    "Start",
     "counter_key",
     "forward_block",
+    "image_order",
     "learning_rate",
     "pass_key",
+    "seed_step",
     "set_rate",
     "train_epochs",
 ]

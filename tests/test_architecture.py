@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,25 +42,37 @@ ALLOWED: dict[str, set[str]] = {
     "tiers": set(),
     "costs": set(),
     "partitioner": {"costs", "tiers"},
-    "run_folder": {"_cache"},
+    "manifest": set(),
+    "run_folder": {"_cache", "manifest"},
+    "interrupt": set(),
     "codec": set(),
     "cache_format": {"_cache"},
     "disk_tier": {"_cache", "cache_format", "codec"},
     "memory_tier": {"_cache", "cache_format", "codec"},
     "storage": {"_cache", "cache_format", "codec", "disk_tier", "memory_tier"},
     "step_graph": {"local_step"},
+    "checkpoint": {"local_step"},
     "recovery": set(),
     "worker": {"codec", "data", "feed", "local_step", "preprocess", "step_graph", "storage"},
     "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
     "tier_probe": {"cache_format", "profiler", "storage"},
     "planner": {"costs", "heads", "partitioner", "preprocess", "profiler", "stages", "tier_probe", "tiers", "worker"},
-    "controller": {
-        *("data", "feed", "local_step", "partitioner", "preprocess", "recovery", "run_folder", "stages", "step_graph"),
-        *("storage", "tiers", "worker"),
+    "job": {
+        *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "run_folder", "stages", "worker"),
     },
+    "chain": {"data", "feed", "job", "local_step", "manifest", "preprocess", "storage", "worker"},
+    "trainer": {
+        *("chain", "checkpoint", "job", "local_step", "manifest", "partitioner", "recovery", "run_folder"),
+        *("step_graph", "storage", "tiers", "worker"),
+    },
+    "controller": {
+        *("chain", "checkpoint", "interrupt", "job", "local_step", "manifest", "recovery", "run_folder", "trainer"),
+        "worker",
+    },
+    "resume": {"manifest", "run_folder", "stages"},
     "progress": set(),
     "exits": {"data", "preprocess"},
-    "export": {"exits", "heads", "models", "preprocess", "run_folder", "stages"},
+    "export": {"checkpoint", "exits", "heads", "models", "preprocess", "run_folder", "stages"},
     "compare": {
         "data",
         "local_step",
@@ -71,10 +85,11 @@ ALLOWED: dict[str, set[str]] = {
         "worker",
     },
     "engine": {
-        *("controller", "data", "exits", "models", "partitioner", "planner", "preprocess", "profiler", "progress"),
-        *("run_folder", "stages", "worker"),
+        *("__init__", "checkpoint", "controller", "data", "exits", "interrupt", "job", "manifest", "models"),
+        *("partitioner", "planner", "preprocess", "profiler", "progress", "recovery", "resume", "run_folder"),
+        *("stages", "worker"),
     },
-    "doctor": {"__init__", "ops", "storage"},
+    "doctor": {"__init__", "ops", "run_folder", "storage"},
     "cli": {"__init__", "data", "doctor", "engine", "exits", "export", "models"},
     "__main__": {"cli"},
     "__init__": set(),  # loads engine, exits and export by name, at first use
@@ -88,7 +103,47 @@ COMMON_IN_COMMON = {
 }
 NO_TORCH = ("errors", "config", "records", "tiers", "costs", "partitioner", "cli", "__init__", "__main__", "datafiles",
             "progress")  # fmt: skip
-CODE_IN_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "ctypes"}
+CODE_IN_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "ctypes", "pydoc", "cPickle"}
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "torch.hub.load", "os.system"}
+RUNS_CODE |= {"os.popen", "os.execv", "os.execve", "os.spawnv", "torch.package.PackageImporter", "np.fromregex"}
+IMPORTS_BY_NAME = {"importlib.import_module", "import_module"}
+IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "scikit-learn": "sklearn", "pillow": "PIL"}  # where the package's differs
+# Who may write, rename or remove beside run_folder, and what.
+WRITES = {
+    ("export", "os.open"): "reads, and does not wait for a pipe",
+    ("records", "write_text"): "Record.save: a profile or plan where the user wants it, no part of a run",
+    ("doctor", "tempfile.TemporaryDirectory"): "the folder of a check, gone after it",
+    ("tier_probe", "unlink"): "the cache that was written to measure the disk",
+    ("export", "torch.export.save"): "into memory",
+}
+OF_PATHS = {
+    "write_text",
+    "write_bytes",
+    "rename",
+    "unlink",
+    "mkdir",
+    "rmdir",
+    "touch",
+    "symlink_to",
+    "hardlink_to",
+    "tofile",
+}
+OF_MODULES = {
+    "shutil",
+    "tempfile",
+    "torch.save",
+    "torch.export.save",
+    "torch.jit.save",
+    "np.save",
+    "np.savez",
+    "save_file",
+}
+OF_MODULES |= {
+    f"os.{name}" for name in ("replace", "rename", "renames", "remove", "unlink", "mkdir", "makedirs", "rmdir")
+}
+OF_MODULES |= {
+    f"os.{name}" for name in ("link", "symlink", "truncate", "ftruncate", "write", "pwrite", "open", "mkfifo")
+}
 
 
 def only_for_types(node: ast.AST) -> bool:
@@ -172,14 +227,91 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
 @pytest.mark.parametrize("name", sorted(TREES))
 def test_a_module_runs_no_code_that_it_read(name):
     assert {n.split(".")[0] for n in imported(TREES[name])} & CODE_IN_DATA == set()
-    calls = {dotted(node.func) for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)}
-    assert calls & {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "torch.hub.load"} == set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Call) and dotted(node.func) in ("np.load", "numpy.load"):
-            assert [ast.unparse(k.value) for k in node.keywords if k.arg == "allow_pickle"] == ["False"]
+    assert {dotted(call.func) for call in calls(TREES[name])} & RUNS_CODE == set()
+    for call in calls(TREES[name]):
+        if dotted(call.func) in ("np.load", "numpy.load"):
+            assert [ast.unparse(k.value) for k in call.keywords if k.arg == "allow_pickle"] == ["False"]
+
+
+def test_modules_are_imported_by_name_only_where_the_names_are_in_the_code():
+    by_name = {name for name, tree in TREES.items() if {dotted(c.func) for c in calls(tree)} & IMPORTS_BY_NAME}
+    assert by_name == {"__init__", "datafiles"}
+
+
+def test_only_declared_packages_are_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["demo"] + extras["images"] + extras["triton"]
+    declared = {IMPORT_NAMES.get(n, n) for n in (re.match(r"[a-z-]+", line)[0] for line in wanted)}
+    for name, tree in [*TREES.items(), *KERNELS.items()]:
+        top = {n.split(".")[0] for n in imported(tree)}
+        assert top - declared - {"nf_engine"} - sys.stdlib_module_names == set(), name
+
+
+def written(call: ast.Call) -> str:
+    """What writes, renames or removes in this call; "" where nothing does."""
+    name = dotted(call.func)
+    last = name.rpartition(".")[2] or (call.func.attr if isinstance(call.func, ast.Attribute) else "")
+    if name in OF_MODULES or name.partition(".")[0] in OF_MODULES:
+        return name
+    if last in OF_PATHS or (
+        last == "replace" and len(call.args) == 1 and not call.keywords
+    ):  # of a path: of text has two
+        return last
+    modes = [a.value for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Constant)]
+    return (
+        last
+        if last == "open"
+        and any(isinstance(m, str) and re.fullmatch(r"[wax+bt]*[wax+][bt+]*|r[bt]*\+[bt]*", m) for m in modes)
+        else ""
+    )
+
+
+def test_only_the_run_folder_writes_files():
+    """One door, so that one fault hook and one protocol reach every durable byte."""
+    found = {(name, written(call)) for name, tree in TREES.items() if name != "run_folder" for call in calls(tree)}
+    assert {pair for pair in found if pair[1]} == set(WRITES)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(
+            "open(p, 'w')",
+            "p.open('wb')",
+            "open(p, mode='r+')",
+            "io.open(p, 'xb')",
+            "gzip.open(p, 'ab')",
+            "os.open(p, 1)",
+        ),
+        *("Path(p).write_text(t)", "p.write_bytes(b)", "p.replace(q)", "os.replace(p, q)", "shutil.move(p, q)"),
+        *(
+            "p.rename(q)",
+            "(a / b).unlink()",
+            "p.parent.mkdir()",
+            "torch.save(x, p)",
+            "tempfile.mkstemp()",
+            "x.tofile(p)",
+        ),
+    ],
+)
+def test_the_search_for_writers_finds(code):
+    (call, *_) = (c for c in calls(ast.parse(code)) if written(c))
+    assert written(call)
+
+
+@pytest.mark.parametrize(
+    "code", ["open(p)", "p.open('rb')", "text.replace('a', 'b')", "replace(record, a=1)", "Image.open(f)"]
+)
+def test_the_search_for_writers_passes(code):
+    assert not any(map(written, calls(ast.parse(code))))
 
 
 def test_programs_of_torch_export_are_read_only_to_check_what_was_just_written():

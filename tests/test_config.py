@@ -33,8 +33,9 @@ NUMBERS = {
     "val_fraction": (float, 0, 1),
     "max_drop": (float, 0, 1),
     "io_timeout": (float, 1, None),
+    "checkpoint_minutes": (float, 0, None),
 }
-FLAGS = ("recompute", "durable_cache")
+FLAGS = ("recompute", "durable_cache", "deterministic")
 OTHER = {"memory_budget", "max_cache_bytes", "pinned_bytes", "split_points", "head_pool", *FLAGS}
 
 
@@ -234,6 +235,7 @@ VALID = st.fixed_dictionaries(
         "pinned_bytes": st.one_of(st.integers(0, 2**62), st.just("1GiB")),
         **{name: st.booleans() for name in FLAGS},
         "io_timeout": st.floats(1, allow_infinity=False),
+        "checkpoint_minutes": st.floats(0, allow_infinity=False),
         "seed": st.integers(0, 2**64),
         **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},
     },

@@ -197,8 +197,8 @@ def test_a_disk_that_slows_down_is_given_up_once_and_the_numbers_stay(tmp_path, 
     runs = {}
     for name in ("steady", "slow"):
         if name == "slow":
-            monkeypatch.setattr("nf_engine.controller._DiskWatch.slowed_down", slowed_down)
-        monkeypatch.setattr("nf_engine.controller.choose_again", lambda *_: True)
+            monkeypatch.setattr("nf_engine.trainer._DiskWatch.slowed_down", slowed_down)
+        monkeypatch.setattr("nf_engine.trainer.choose_again", lambda *_: True)
         torch.manual_seed(0)
         runs[name] = nf_engine.train(
             build("vgg11", width=0.125), train, test, memory_budget="16MiB", epochs=3, cache="auto",
@@ -382,6 +382,6 @@ def test_models_and_data_that_do_not_fit_are_refused(tmp_path, digits):
 def test_an_output_folder_in_use_is_left_alone(tmp_path, digits):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match=r"holds mine\.txt .*name a new or empty folder"):
+    with pytest.raises(ConfigError, match=r"holds 'mine\.txt' and no run .*name a new or empty folder"):
         run(digits, tmp_path)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]

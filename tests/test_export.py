@@ -13,14 +13,16 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from nf_engine import export
+from nf_engine.checkpoint import state_of, to_bytes
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError
 from nf_engine.exits import EarlyExitModel, Scaled
 from nf_engine.export import export_pt2, load, save_pretrained
 from nf_engine.heads import build_head
+from nf_engine.manifest import Position
 from nf_engine.models import build
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec
-from nf_engine.run_folder import RunFolder
+from nf_engine.run_folder import NewFile, RunFolder, Staging
 from nf_engine.stages import split
 
 K = 7
@@ -134,13 +136,16 @@ def _same(found, expected, exits):
 
 def _run_folder(path, model, *, chosen):
     """What a finished run leaves: two blocks, the last exit in a file of its own."""
-    folder = RunFolder(path, "m")
     parts = list(zip(model.bodies, model.heads, strict=True))
-    for block, units in enumerate((range(len(parts) - 1), (len(parts) - 1,))):
-        state = {f"unit{k}.{name}": m for k in units for name, m in zip(("body", "head"), parts[k], strict=True)}
-        folder.write_weights(f"b{block:03d}.safetensors", state, {"format": "nf-block/1"})
-    folder.write("model.json", json.dumps({**model.facts, "chosen": chosen}))
-    return folder.path
+    with RunFolder(path) as folder:
+        folder.begin("0" * 64, "1" * 64, {}, [])
+        for block, units in enumerate((range(len(parts) - 1), (len(parts) - 1,))):
+            modules = {f"unit{k}.{name}": m for k in units for name, m in zip(("body", "head"), parts[k], strict=True)}
+            state = state_of(modules) | {"scores": torch.zeros(len(units), 2, dtype=torch.float64)}
+            folder.commit(Position(block + 1), [NewFile("block", to_bytes(state, {"format": "nf-block/1"}), block)])
+        facts = json.dumps({**model.facts, "chosen": chosen})
+        folder.commit(Position(2), [NewFile("model", facts.encode())], done=True)
+    return path
 
 
 # --- round trips -----------------------------------------------------------------------------------------------------
@@ -265,10 +270,11 @@ def test_a_weight_that_changes_between_memory_and_disk_is_found(tmp_path, monkey
     model = _model(_network(name), heads=(LINEAR, SMALL))
 
     def flipped(state, facts):
+        state = {key: value.clone() for key, value in state.items()}
         state["unit0.head.linear_weight"][0, 0] += 1e-3
         return to_safetensors(state, facts)
 
-    monkeypatch.setattr(export, "to_safetensors", flipped)
+    monkeypatch.setattr(export, "to_bytes", flipped)
     with pytest.raises(ExportError, match=r"exit 0 read back differs from the model by \d"):
         save_pretrained(model, tmp_path / "m")
     assert not list(tmp_path.iterdir()), "nothing is left of it"
@@ -277,12 +283,12 @@ def test_a_weight_that_changes_between_memory_and_disk_is_found(tmp_path, monkey
 @pytest.mark.parametrize("name", ["vgg11", "own"])
 def test_a_file_that_changes_on_the_disk_before_it_is_read_back_is_found(tmp_path, monkeypatch, name):
     model = _model(_network(name), heads=(LINEAR, SMALL))
-    write = RunFolder.write
+    write = Staging.write
 
     def worn(self, name, data):
         return write(self, name, data[:-5] + b"\xff" + data[-4:] if name == "model.safetensors" else data)
 
-    monkeypatch.setattr(RunFolder, "write", worn)
+    monkeypatch.setattr(Staging, "write", worn)
     with pytest.raises(ExportError, match="sha256"):
         save_pretrained(model, tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -332,8 +338,8 @@ def test_a_pt2_program_that_differs_is_not_kept(tmp_path, monkeypatch, small):
 
 
 def test_a_pt2_file_that_cannot_be_read_back_is_not_kept(tmp_path, monkeypatch, small):
-    write = RunFolder.write
-    monkeypatch.setattr(RunFolder, "write", lambda self, name, data: write(self, name, data[: len(data) // 2]))
+    write = Staging.write
+    monkeypatch.setattr(Staging, "write", lambda self, name, data: write(self, name, data[: len(data) // 2]))
     with pytest.raises(ExportError, match="cannot be read back"):
         export_pt2(small, tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
@@ -485,19 +491,29 @@ def test_a_config_with_one_wrong_field_is_refused_and_the_field_named(folder, fi
 
 
 def test_a_run_folder_is_checked_as_well(tmp_path, small):
-    folder = _run_folder(tmp_path / "run", small, chosen=1)
-    facts = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**facts, "chosen": 2}))
     with pytest.raises(CorruptFileError, match=r"model\.json: chosen: expected 0\.\.1, found 2"):
+        load(_run_folder(tmp_path / "chosen", small, chosen=2))
+    folder = _run_folder(tmp_path / "run", small, chosen=1)
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(text.replace('"chosen": 1', '"chosen": 0'))
+    with pytest.raises(CorruptFileError, match=r"model\.json: expected .* sha256 .*--recover"):
         load(folder)
-    (folder / "model.json").write_text(json.dumps(facts))
-    (folder / "b002.safetensors").write_bytes((folder / "b001.safetensors").read_bytes())
-    with pytest.raises(CorruptFileError, match=r"b002\.safetensors: unit1.* another block's file"):
+    (folder / "model.json").write_text(text)
+    second = next(folder.glob("b001*"))
+    second.write_bytes(next(folder.glob("b000*")).read_bytes())
+    with pytest.raises(CorruptFileError, match=r"b001-g0003\.safetensors: expected"):
         load(folder)
-    (folder / "b002.safetensors").unlink()
-    (folder / "b001.safetensors").unlink()
-    with pytest.raises(CorruptFileError, match=r"missing \['unit1"):
+    second.unlink()
+    with pytest.raises(CorruptFileError, match=r"b001-g0003\.safetensors is missing"):
         load(folder)
+
+
+def test_a_run_that_is_not_finished_has_no_model(tmp_path, small):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.begin("0" * 64, "1" * 64, {}, [])
+    with pytest.raises(ConfigError, match="expected the folder of a finished run, found one at block 1"):
+        load(tmp_path / "run")
+
 
 
 def test_a_path_that_holds_no_model_is_an_error(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import nf_engine
-from nf_engine import controller, local_step
+from nf_engine import chain, job, local_step
 from nf_engine.config import TrainConfig
 from nf_engine.costs import Costs, Span
 from nf_engine.data import as_image_data, fit_to, load_split
@@ -399,7 +399,7 @@ def test_a_training_is_the_same_whichever_way_images_come(tmp_path, monkeypatch)
         made.append(Resident(data, device))
         return made[-1]
 
-    monkeypatch.setattr("nf_engine.controller.Resident", resident)
+    monkeypatch.setattr("nf_engine.chain.Resident", resident)
     there = run("resident", replace(plain.plan, resident_images=image_bytes(train.shape, len(train))))
     assert len(made) == 1, "brought once, as every block reads images"
     small = run("small", replace(plain.plan, resident_images=image_bytes(train.shape, len(train)) - 1))
@@ -415,21 +415,21 @@ def test_a_training_is_the_same_whichever_way_images_come(tmp_path, monkeypatch)
 
 def test_images_leave_the_device_with_the_last_block_that_reads_them(tmp_path, monkeypatch):
     train, test = load_split("synthetic:200")
-    alive, held, controllers = [], [], []
+    alive, held, jobs = [], [], []
 
     def resident(data, device):
         made = Resident(data, device)
         held.append(weakref.ref(made))
         return made
 
-    def units(self, number, block):
-        controllers.append(self)
+    def units(self, number, **kind):
+        jobs.append(self)
         alive.append(sum(ref() is not None for ref in held))
-        return plain_units(self, number, block)
+        return plain_units(self, number, **kind)
 
-    plain_units = controller.Controller._units
-    monkeypatch.setattr(controller, "Resident", resident)
-    monkeypatch.setattr(controller.Controller, "_units", units)
+    plain_units = job.Job.units
+    monkeypatch.setattr(chain, "Resident", resident)
+    monkeypatch.setattr(job.Job, "units", units)
     fields = {**FIELDS, "epochs": 1, "cache": "ram", "augment": "none"}
     cut = split(build("vgg11", width=0.125), train.shape, split_points=FIELDS["split_points"])
     plain = Preprocess(train.normalisation)
@@ -445,7 +445,7 @@ def test_images_leave_the_device_with_the_last_block_that_reads_them(tmp_path, m
     nf_engine.train(build("vgg11", width=0.125), train, test, plan=made, output_dir=tmp_path / "run", **fields)
     assert alive == [int(tier in ("images", "recompute")) for tier in tiers]
     assert len(held) == 2
-    assert controllers
+    assert jobs
     assert not any(ref() is not None for ref in held), "gone with the last block, not with the run"
 
 
@@ -466,7 +466,7 @@ def test_images_leave_the_device_where_its_memory_runs_out(tmp_path, monkeypatch
     plain_loaded = ImageInputs._loaded
     plain = nf_engine.train(build("vgg11", width=0.125), train, test, output_dir=tmp_path / "plain", **fields)
     monkeypatch.setattr("nf_engine.local_step.local_step", step)
-    monkeypatch.setattr("nf_engine.controller.RECOVERING", ("cpu",))
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ("cpu",))
     monkeypatch.setattr(ImageInputs, "_loaded", loaded)
     made = replace(plain.plan, resident_images=image_bytes(train.shape, len(train)))
     again = nf_engine.train(build("vgg11", width=0.125), train, test, plan=made, output_dir=tmp_path / "run", **fields)

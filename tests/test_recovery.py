@@ -13,12 +13,14 @@ from torch import nn
 
 import nf_engine
 from nf_engine import local_step as steps
+from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.data import load_split
 from nf_engine.errors import BudgetExceededError
 from nf_engine.models import build
 from nf_engine.partitioner import scaled_lr
 from nf_engine.records import Plan
-from nf_engine.recovery import HostCopy, asked_bytes, is_out_of_memory
+from nf_engine.recovery import asked_bytes, is_out_of_memory
+from nf_engine.run_folder import read_run
 
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1.00 GiB of which ..."
 FIELDS = {
@@ -72,7 +74,7 @@ def fail_at(monkeypatch, fails):
         return plain(unit, x, labels)
 
     monkeypatch.setattr(steps, "local_step", step)
-    monkeypatch.setattr("nf_engine.controller.RECOVERING", ("cpu",))
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ("cpu",))
     return counts
 
 
@@ -90,7 +92,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, digits, plain, monkeypatch):
     assert losses[0] == losses[1]
     assert set(counts.values()) == {4 + 2 * (190 // 40)}, "four steps before the epochs, in each block"
     state = torch.get_rng_state()
-    monkeypatch.setattr("nf_engine.controller.RECOVERING", ())
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ())
     train(digits, tmp_path / "drawn", plain.plan)
     assert torch.equal(torch.get_rng_state(), state), "what the rehearsal draws does not count"
 
@@ -108,7 +110,10 @@ def test_a_block_that_runs_out_of_memory_is_trained_as_if_it_had_started_smaller
         result = train(digits, tmp_path / "run", plain.plan)
     assert same(result.model, expected.model), "the weights are those of a run that began with the smaller batch"
     assert result.plan.blocks[1] == smaller
-    assert Plan.load(tmp_path / "run" / "plan.json") == result.plan
+    manifest, files = read_run(tmp_path / "run", ("plan",))
+    assert [Plan.from_json(data.decode()) for data in files.values()] == [result.plan]
+    assert files.keys() == {"plan-g0003.json"}, "a file of a commit is never changed in place"
+    assert manifest.done
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "block 1 ran out of memory at batch 40: asked for 20971520 bytes," in record.getMessage()
@@ -138,29 +143,28 @@ def test_other_errors_and_other_devices_are_left_alone(tmp_path, digits, plain, 
         raise RuntimeError("a kernel failed")
 
     monkeypatch.setattr(steps, "local_step", broken)
-    monkeypatch.setattr("nf_engine.controller.RECOVERING", ("cpu",))
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ("cpu",))
     with pytest.raises(RuntimeError, match="a kernel failed"):
         train(digits, tmp_path / "other", plain.plan)
     counts = fail_at(monkeypatch, lambda *_: True)
-    monkeypatch.setattr("nf_engine.controller.RECOVERING", ("cuda",))
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ("cuda",))
     with pytest.raises(torch.OutOfMemoryError):
         train(digits, tmp_path / "cpu", plain.plan)
     assert list(counts.values()) == [1]
 
 
-def test_a_host_copy_comes_back_on_modules_that_trained_since():
+def test_weights_of_the_start_come_back_on_modules_that_trained_since():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     net.register_buffer("hidden", torch.ones(2), persistent=False)
     before = [t.clone() for t in (*net.parameters(), *net.buffers())]
-    copy = HostCopy([net])
+    state = parse(to_bytes(state_of({"stage0": net}), {}), "initial")
     net.double().float()  # as a change of device, it makes new buffers
     net(torch.rand(2, 3, 8, 8)).sum().backward()
     with torch.no_grad():
         for t in (*net.parameters(), *net.buffers()):
             t.add_(1)
-    copy.restore()
+    fill({"stage0": net}, state, "initial")
     assert all(torch.equal(a, b) for a, b in zip(before, (*net.parameters(), *net.buffers()), strict=True))
-    assert all(p.grad is None for p in net.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,360 @@
+"""Chain: where the inputs of each block come from, and where its outputs go.
+
+    images -> block 0 -> cache 1 -> block 1 -> cache 2 -> ...
+
+A cache is derivable: where it is missing, damaged or stale it is made again from the finished blocks, in the same
+order, so that a resumed run reads what the uninterrupted one would have read. A tier "recompute" keeps nothing: the
+frozen stages run again, on samples in the order that a cache would have them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nf_engine.config import parse_bytes
+from nf_engine.data import ImageData
+from nf_engine.device import TensorBytes, placed, watched
+from nf_engine.errors import CacheError, DiskFullError, StorageError
+from nf_engine.feed import Resident
+from nf_engine.job import Job
+from nf_engine.local_step import Unit
+from nf_engine.manifest import FileEntry
+from nf_engine.precision import compute_dtype
+from nf_engine.preprocess import Preprocess
+from nf_engine.records import image_bytes
+from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord, EngineOptions, sample_order
+from nf_engine.worker import Batch, CacheInputs, ImageInputs, Score, counter_key, forward_block, image_order
+
+log = logging.getLogger(__name__)
+
+Inputs = ImageInputs | CacheInputs
+T = TypeVar("T")
+TRAIN, HELD = "x", "v"  # first letter of a cache's name
+
+
+class Chain:
+    """The inputs of all blocks of one run."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._resident: Resident | None = None
+
+    # --- inputs ---
+
+    def inputs(self, number: int) -> tuple[Inputs, Inputs]:
+        """Inputs of a block for training and for scoring, of a run that has trained the blocks before it."""
+        job = self._job
+        if number == 0:
+            return self._images(job.data, job.train_images), self._images(job.held_out, job.plain)
+        if self._tier(number) == "recompute":
+            return self.recomputed(number, TRAIN), self.recomputed(number, HELD)
+        return self._opened(number) or self._rebuilt(number)
+
+    def _images(self, data: ImageData, preprocess: Preprocess) -> ImageInputs:
+        copies = self._copies(1, TRAIN) if data is self._job.data else 1
+        return ImageInputs(data, preprocess, self._job.device, self._job.config.seed, copies=copies)
+
+    def recomputed(self, number: int, prefix: str) -> ImageInputs:
+        """The frozen stages before a block, fed with images, in the order that a cache would give."""
+        job, block = self._job, self._job.plan.blocks[number]
+        data = self._data(prefix)
+        return ImageInputs(
+            data,
+            job.train_images if prefix == TRAIN else job.plain,
+            job.device,
+            job.config.seed,
+            block=number,
+            prefix=[s.module for s in job.cut.stages[: block.first]],
+            forward_batch=block.cache.forward_batch,
+            order=_once_each(self._ids(number, prefix)),
+            geometry=self._geometry(number, len(data), 1),
+            copies=self._copies(number + 1, prefix),
+            window=block.cache.window,
+        )
+
+    def place(self, inputs: Inputs) -> None:
+        """Brings to the device what the inputs need there: frozen stages, and all images if the plan has the room."""
+        if not isinstance(inputs, ImageInputs):
+            self._resident = None
+            return
+        for stage in inputs.prefix:
+            placed(stage, self._job.device).eval()
+        if inputs.data is self._job.data:
+            if self._resident is None and self._may_reside():
+                self._resident = Resident(self._job.data, self._job.device)
+            inputs.feed = self._resident
+
+    def evict(self, *used: Inputs) -> None:
+        """Drops what a failed attempt has left on the device."""
+        self._resident = None  # spare room was planned for the images, and there is none
+        for inputs in used:
+            rewind(inputs)
+            if isinstance(inputs, ImageInputs):
+                inputs.feed = None
+
+    def _may_reside(self) -> bool:
+        """The plan may be of other data."""
+        data = self._job.data
+        size = image_bytes(data.shape, len(data))
+        return data.in_memory and data.dtype == torch.uint8 and size <= self._job.plan.resident_images
+
+    def _opened(self, number: int) -> tuple[Inputs, Inputs] | None:
+        """From the files of the last commit; None where they are not there, or not what they should be."""
+        entries = {e.name[0]: e for e in self._job.folder.manifest_now.of_role("cache") if e.block == number}
+        if self._tier(number) != "disk" or len(entries) < 2:
+            return None
+        opened: list[CacheInputs] = []
+        try:
+            for prefix in (TRAIN, HELD):
+                record = replace(
+                    self._record(number, prefix, entries[prefix].name), table_sha256=entries[prefix].sha256
+                )
+                cache = ActivationCache.open(
+                    self._job.folder.files, record, device=self._job.device, options=self._options()
+                )
+                opened.append(self._reader(number, prefix, cache))
+        except (CacheError, StorageError) as error:
+            for inputs in opened:
+                inputs.close()
+            self._tell(number, str(error))
+            return None
+        return opened[0], opened[1]
+
+    def _rebuilt(self, number: int) -> tuple[Inputs, Inputs]:
+        job = self._job
+        job.observer.note(f"the inputs of block {number + 1} are made again from those of block {number}")
+        inputs, held = self.inputs(number - 1)
+        self.place(inputs)
+        units = job.units(number - 1, training=False)
+        try:
+            return self.after(number - 1, units, inputs, held, None)
+        finally:
+            self.release(inputs, held)
+            job.leave(units)  # last: it fails where the device was lost
+
+    def forget(self, number: int, error: CacheError) -> None:
+        """Takes the caches before a block, one of which turned out to be damaged, out of the run."""
+        self._tell(number, str(error))
+        self._job.folder.commit(self._job.folder.manifest_now.position, drop=("cache",))
+
+    def _tell(self, number: int, reason: str) -> None:
+        log.warning("the inputs of block %d are made again: %s", number, reason)
+        self._job.folder.log("cache_refused", number=number, reason=reason)
+
+    # --- outputs ---
+
+    def score(self, units: Sequence[Unit], held: Inputs, batch: int, counter: TensorBytes | None) -> list[Score]:
+        """The held-out score of each unit's exit."""
+        batches = self._stoppable(watched(held.once(batch, None), counter))
+        return forward_block(units, batches, score=True, write=None, device=self._job.device).scores()
+
+    def after(
+        self, number: int, units: Sequence[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
+    ) -> tuple[Inputs, Inputs]:
+        """Inputs of the block that follows a finished one, made from its weights; on a disk they are committed."""
+        following, batch = number + 1, self._job.plan.blocks[number].batch
+        if self._tier(following) == "recompute":
+            made: tuple[Inputs, Inputs] = self.recomputed(following, TRAIN), self.recomputed(following, HELD)
+            self._commit(following, [])
+            return made
+        after_held = self._stored(following, HELD, units, held, batch, counter)
+        try:
+            after = self._stored(following, TRAIN, units, inputs, batch, counter)
+            try:
+                self._commit(following, [after.cache.record, after_held.cache.record])
+            except BaseException:
+                self.release(after)
+                raise
+        except BaseException:
+            self.release(after_held)
+            raise
+        return after, after_held
+
+    def _stored(
+        self,
+        number: int,
+        prefix: str,
+        units: Sequence[Unit],
+        inputs: Inputs,
+        batch: int,
+        counter: TensorBytes | None,
+    ) -> CacheInputs:
+        """Writes the outputs of the block before `number`, all copies, in a fresh random order."""
+        job = self._job
+        name = f"{prefix}{number:03d}-g{job.folder.next_generation:04d}.nfc"
+        record = self._record(number, prefix, name)
+        cache = ActivationCache.create(
+            job.folder.files,
+            record.name,
+            record.geometry,
+            tier=record.tier,
+            block=number,
+            generation=record.generation,
+            fingerprint=bytes.fromhex(record.fingerprint),
+            order_key=record.order_key,
+            device=job.device,
+            options=self._options(),
+        )
+
+        def write(h: Tensor, b: Batch) -> None:
+            cache.append(h, b.labels.cpu(), b.ids, b.copies)
+
+        try:
+            batches = self._stoppable(watched(inputs.once(batch, record.order_key), counter))
+            forward_block(units, batches, score=False, write=write, device=job.device)
+            cache.finish()
+        except BaseException:
+            cache.abort()
+            raise
+        job.folder.log("cache_written", name=record.name, tier=record.tier, **asdict(cache.stats()))
+        return self._reader(number, prefix, cache)
+
+    def _commit(self, number: int, records: Sequence[CacheRecord]) -> None:
+        """The caches before a block take the place of all others."""
+        folder = self._job.folder
+        entries = [
+            FileEntry(r.name, "cache", number, r.geometry.file_bytes, r.table_sha256)
+            for r in records
+            if r.tier == "disk"
+        ]
+        drop = () if self._job.keep_cache else ("cache",)
+        if entries or (drop and folder.manifest_now.of_role("cache")):
+            folder.commit(folder.manifest_now.position, there=entries, drop=drop)
+
+    def _stoppable(self, batches: Iterator[T]) -> Iterator[T]:
+        for batch in batches:
+            self._job.interrupt.check()
+            yield batch
+            del batch
+
+    def release(self, *used: Inputs) -> None:
+        """Closes caches that were used up, or whose block failed; what no commit lists any more is deleted."""
+        folder = self._job.folder
+        for inputs in used:
+            if isinstance(inputs, CacheInputs):
+                record = inputs.cache.record
+                try:
+                    inputs.close()
+                except (StorageError, DiskFullError) as error:  # what was wanted of it has been read
+                    log.warning("%s: not closed: %s", record.name, error)
+                folder.log("cache_read", name=record.name, **asdict(inputs.cache.stats()))
+                if record.tier == "disk" and record.name not in {e.name for e in folder.manifest_now.files}:
+                    folder.remove(record.name)
+
+    # --- what a cache is ---
+
+    def _tier(self, number: int) -> str:
+        return self._job.plan.blocks[number].cache.tier
+
+    def _data(self, prefix: str) -> ImageData:
+        return self._job.data if prefix == TRAIN else self._job.held_out
+
+    def _copies(self, number: int, prefix: str) -> int:
+        """Copies of the data set in the cache before a block: as many as the first cache after the images has."""
+        if prefix == HELD or number >= len(self._job.plan.blocks):
+            return 1
+        if number > 1 and self._tier(number - 1) != "recompute":
+            return self._copies(number - 1, prefix)
+        return self._job.plan.blocks[number].cache.copies
+
+    def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
+        shape = self._job.cut.stages[self._job.plan.blocks[number].first - 1].output_shape
+        dtype = self._job.config.stored_dtype
+        return CacheGeometry(sample_shape=shape, dtype=dtype, samples=samples, copies=copies, channels_last=True)
+
+    def _cache_geometry(self, number: int, prefix: str) -> CacheGeometry:
+        copies = self._copies(number, prefix)
+        return self._geometry(number, len(self._data(prefix)) * copies, copies)
+
+    def _key(self, number: int, prefix: str) -> int:
+        """Key of the order in which the cache before a block is written."""
+        return counter_key(self._job.config.seed, "write", prefix, number)
+
+    def _record(self, number: int, prefix: str, name: str) -> CacheRecord:
+        return CacheRecord(
+            name=name,
+            tier=self._tier(number),
+            geometry=self._cache_geometry(number, prefix),
+            block=number,
+            generation=int(name.rpartition("-g")[2].removesuffix(".nfc")),
+            fingerprint=self._fingerprint(number),
+            order_key=self._key(number, prefix),
+            seed_key=0,
+        )
+
+    def _reader(self, number: int, prefix: str, cache: ActivationCache) -> CacheInputs:
+        job = self._job
+        return CacheInputs(
+            cache,
+            job.config.seed,
+            number,
+            len(self._data(prefix)),
+            self._copies(number, prefix),
+            self._ids(number, prefix),
+            job.plan.blocks[number].cache.window,
+            compute_dtype(job.config),
+        )
+
+    def _ids(self, number: int, prefix: str) -> NDArray[np.int64]:
+        """Sample ids in the order in which a cache before a block holds them, all copies."""
+        before, key = number - 1, self._key(number, prefix)
+        samples = len(self._data(prefix))
+        if before == 0:
+            once = image_order(key, samples)
+        else:
+            ids = self._ids(before, prefix)
+            geometry = self._cache_geometry(before, prefix)
+            if self._tier(before) == "recompute":
+                ids, geometry = _once_each(ids), self._geometry(before, samples, 1)
+            once = ids[sample_order(key, len(ids), geometry, self._job.plan.blocks[before].cache.window)]
+        return np.tile(once, self._copies(number, prefix) * samples // len(once))
+
+    def _fingerprint(self, number: int) -> str:
+        """Of all that decides what a cache before a block holds: settings, images, software, and finished blocks."""
+        now = self._job.folder.manifest_now
+        made_from = {
+            "config": now.config_sha256,
+            "data": now.data_sha256,
+            "env": now.env,
+            "blocks": [(asdict(b)["units"], b.batch, b.lr) for b in self._job.plan.blocks[:number]],
+            "weights": [e.sha256 for e in now.of_role("block") if e.block < number],
+        }
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+    def _options(self) -> EngineOptions:
+        config, probe = self._job.config, self._job.plan.probe
+        options = EngineOptions(
+            pinned_bytes=parse_bytes(config.pinned_bytes, "pinned_bytes"),
+            durable=config.durable_cache,
+            io_timeout=config.io_timeout,
+        )
+        if probe is None:
+            return options
+        return replace(options, write_threads=probe.write_threads, read_threads=probe.read_threads)
+
+    def bytes_after(self, number: int) -> int:
+        """Bytes on the disk of the caches that a block will leave."""
+        following = number + 1
+        if following == len(self._job.plan.blocks) or self._tier(following) != "disk":
+            return 0
+        return sum(self._cache_geometry(following, prefix).file_bytes for prefix in (TRAIN, HELD))
+
+
+def rewind(inputs: Inputs) -> None:
+    if isinstance(inputs, CacheInputs):
+        inputs.rewind()
+
+
+def _once_each(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ids of one copy, in the order of their first appearance."""
+    return ids[np.sort(np.unique(ids, return_index=True)[1])]
