@@ -1,12 +1,14 @@
 """The closing table: figures that tests of reliability reach, printed once at the end of a run.
 
 A test says figure("P9", "changed bytes of a manifest refused", 65536, 65536); lines of the same name add up. With
---figures FILE they are written as JSON, too.
+--figures FILE they are kept in that file as JSON, too, with commit and date.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +52,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{promise:<5}{what:<75}{f'{reached:,}/{of:,}':>24}")
     path = config.getoption("--figures")
     if path:
-        rows = [
-            {"promise": p, "what": w, "reached": lines[p, w][0], "of": lines[p, w][1]}
-            for p, w in sorted(lines, key=_order)
-        ]
-        Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        _keep(
+            Path(path),
+            {f"{p} {w}": {"promise": p, "what": w, "reached": n[0], "of": n[1]} for (p, w), n in lines.items()},
+        )
+
+
+def _keep(path: Path, rows: dict[str, dict[str, object]]) -> None:
+    """Puts the rows beside those of other runs in the file; the newest of a name stays."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    when = {"commit": commit, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept |= {name: row | when for name, row in rows.items()}
+    path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n", encoding="utf-8")

@@ -295,7 +295,11 @@ TRAINING = ["torch._dynamo", "torch.export", "torch._subclasses.fake_tensor", "t
             *("op=pwrite; path=x*.nfc.tmp; n=3; mode=errno:5", 74, r"pwrite at byte \d+ failed: Input/output error"),
             marks=pytest.mark.slow,
         ),
-        ("op=pread; path=x*.nfc; n=4; sticky=1; mode=flip:5", 74, r"(has CRC32C \w+, expected \w+, twice|expected the magic bytes .*); delete"),
+        (
+            "op=pread; path=x*.nfc; n=4; sticky=1; mode=flip:5",
+            74,
+            r"(has CRC32C \w+, expected \w+, twice|expected the magic bytes .*); delete",
+        ),
     ],
     ids=["full", "failing", "flipping"],
 )

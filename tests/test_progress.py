@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nf_engine import progress
-from nf_engine.job import BlockMemory
 from nf_engine.errors import ConfigError
+from nf_engine.job import BlockMemory
 from nf_engine.records import BlockPlan, Bounds, CachePlan, HeadSpec, Plan, UnitPlan
 from nf_engine.worker import EpochReport, Score
 

@@ -262,7 +262,8 @@ def test_a_loss_that_is_not_finite_names_block_unit_and_epoch():
     units[0].name = "conv1..fc"
     inputs = ImageInputs(images(64), PLAIN, CPU, 0)
     with pytest.raises(
-        NonFiniteError, match=r"block 4, unit conv1..fc, epoch \d, step \d or before: the local loss is (nan|inf); lower lr"
+        NonFiniteError,
+        match=r"block 4, unit conv1..fc, epoch \d, step \d or before: the local loss is (nan|inf); lower lr",
     ):
         train_epochs(units, inputs, plan_of(lr=1e30), config, CPU, lambda r: None, block=4)
 
