@@ -65,6 +65,7 @@ fuzz: $(STAMP)
 
 mutants: $(STAMP)
 	$(WITH_TOOLS) $(BIN)/python csrc/tests/mutants.py
+	$(BIN)/python tests/mutants.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

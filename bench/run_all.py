@@ -28,6 +28,7 @@ BENCHES = (
     "cache",
     "cache_vs_recompute",
     "overlap",
+    "reliability",
     "head_kinds",
     "heads",
     "accuracy",

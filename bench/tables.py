@@ -1,4 +1,4 @@
-"""The README's tables from the result files, so that no figure is typed by hand.
+"""The tables of the README and of docs/reliability.md from the result files, so that no figure is typed by hand.
 
 python -m bench.tables            writes them between the markers <!-- table: NAME --> and <!-- end: NAME -->
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import bench_peers
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def load(name: str) -> dict[str, Any]:
@@ -173,6 +174,38 @@ def step() -> str:
     return "\n".join(lines)
 
 
+def promises() -> str:
+    """What the tests of reliability have reached, by promise."""
+    rows = sorted(load("reliability_figures").values(), key=lambda r: (int(r["promise"][1:]), r["what"]))
+    lines = ["| promise | what the tests did | reached | commit | date |", "| --- | --- | --- | --- | --- |"]
+    for r in rows:
+        done = f"{r['reached']:,}/{r['of']:,}"
+        lines.append(f"| {r['promise']} | {r['what']} | {done} | {r['commit']} | {r['date']} |")
+    return "\n".join(lines)
+
+
+def reliability() -> str:
+    """A changed byte, a kill while a good checkpoint is replaced, a full disk, and the milliseconds of a save."""
+    rows = load("reliability")["rows"]
+    lines = [
+        "| writer | bytes changed: error, silently wrong, no effect | kills: old, new, neither | full disk leaves | "
+        "ms a save, 1, 16, 64 MiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        if r["what"] != "changed byte":
+            continue
+        mine = [q for q in rows if q.get("candidate") == r["candidate"]]
+        (kill,) = [q for q in mine if q["what"] == "kill" and q["by"] == "strace"]
+        (full,) = [q for q in mine if q["what"] == "full disk"]
+        times = " ".join(f"{q['median_ms']:.0f}" for q in mine if q["what"] == "commit")
+        lines.append(
+            f"| {r['candidate']} | {r['error']:,}, {r['wrong']:,}, {r['no effect']:,} | "
+            f"{kill['old']}, {kill['new']}, {kill['lost'] + kill['wrong']} | {full['left']} | {times} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "accuracy": accuracy,
     "speed and memory": speed_and_memory,
@@ -183,16 +216,22 @@ TABLES = {
 }
 
 
-def filled(text: str) -> str:
-    """A README with its tables made from the result files."""
-    for name, make in TABLES.items():
+OF_RELIABILITY = {"promises": promises, "reliability": reliability}
+PAGES = {"README.md": TABLES, "docs/reliability.md": OF_RELIABILITY}  # page -> its tables
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """A page with its tables made from the result files."""
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end: {name} -->)", re.DOTALL)
-        assert pattern.search(text), f"the README has no markers for {name}"
+        assert pattern.search(text), f"the page has no markers for {name}"
         table = make()
         text = pattern.sub(lambda match, table=table: match[1] + table + match[2], text)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print("\n\n".join(make() for make in TABLES.values()))
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        print("\n\n".join(make() for make in tables.values()))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TypeVar
 
@@ -155,8 +156,9 @@ class Chain:
 
     def score(self, units: Sequence[Unit], held: Inputs, batch: int, counter: TensorBytes | None) -> list[Score]:
         """The held-out score of each unit's exit."""
-        batches = self._stoppable(watched(held.once(batch, None), counter))
-        return forward_block(units, batches, score=True, write=None, device=self._job.device).scores()
+        with closing(watched(held.once(batch, None), counter)) as batches:
+            seen = self._stoppable(batches)
+            return forward_block(units, seen, score=True, write=None, device=self._job.device).scores()
 
     def after(
         self, number: int, units: Sequence[Unit], inputs: Inputs, held: Inputs, counter: TensorBytes | None
@@ -210,8 +212,8 @@ class Chain:
             cache.append(h, b.labels.cpu(), b.ids, b.copies)
 
         try:
-            batches = self._stoppable(watched(inputs.once(batch, record.order_key), counter))
-            forward_block(units, batches, score=False, write=write, device=job.device)
+            with closing(watched(inputs.once(batch, record.order_key), counter)) as batches:
+                forward_block(units, self._stoppable(batches), score=False, write=write, device=job.device)
             cache.finish()
         except BaseException:
             cache.abort()

@@ -105,7 +105,11 @@ class Controller:
         finally:
             self._chain.release(inputs, held)
             self.job.leave(units)  # last: it fails where the device was lost
-        self._check_budget()
+        try:
+            self._check_budget()
+        except BudgetExceededError:
+            self._chain.release(*(after or ()))
+            raise
         return after
 
     def _scored(self, number: int, units: Sequence[Unit], held: Inputs, counter: TensorBytes | None) -> list[Score]:

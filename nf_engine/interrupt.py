@@ -33,10 +33,8 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) not in (
-                    signal.SIG_IGN,
-                    None,
-                ):  # nohup's wish; a handler that is not Python's
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):  # nohup's wish; one that Python could not put back
                     self._before[number] = signal.signal(number, self._note)
         return self
 

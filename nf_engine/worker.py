@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -320,22 +320,22 @@ def train_epochs(
         unit.body.train()
         unit.head.train()
 
-    def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        source = watched(inputs.train(epoch, plan.batch, first), counter if epoch < start.epoch + 2 else None)
-        for step in range(first, per_epoch):
-            if device.type == "cpu" and step > first:  # elsewhere it would wait for the device
-                _check_losses(losses.tolist(), units, plan, block, epoch, step - 1)
-            if between is not None:
-                between(epoch, step, losses)
-            rate = learning_rate(epoch * per_epoch + step, steps, warmup, plan.lr)
-            if graph is not None:
-                graph.rate.fill_(rate)
-            else:
-                for unit in units:
-                    set_rate(unit, rate)
-            seed_step(device, config.seed, block, epoch, step)
-            yield next(source)
-        source.close()
+    def batches(epoch: int, first: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        counted = counter if epoch < start.epoch + 2 else None
+        with closing(watched(inputs.train(epoch, plan.batch, first), counted)) as source:
+            for step in range(first, per_epoch):
+                if device.type == "cpu" and step > first:  # elsewhere it would wait for the device
+                    _check_losses(losses.tolist(), units, plan, block, epoch, step - 1)
+                if between is not None:
+                    between(epoch, step, losses)
+                rate = learning_rate(epoch * per_epoch + step, steps, warmup, plan.lr)
+                if graph is not None:
+                    graph.rate.fill_(rate)
+                else:
+                    for unit in units:
+                        set_rate(unit, rate)
+                seed_step(device, config.seed, block, epoch, step)
+                yield next(source)
 
     for epoch in range(start.epoch, config.epochs):
         started = time.perf_counter()
@@ -343,7 +343,8 @@ def train_epochs(
         first = start.step if epoch == start.epoch else 0
         if first and start.losses is not None:
             losses.copy_(start.losses)
-        done = train_block(units, batches(epoch, first), losses, graph)
+        with closing(batches(epoch, first)) as source:  # an error, too, must end the count of `watched`
+            done = train_block(units, source, losses, graph)
         means = tuple((losses / max(1, first + done)).tolist())  # the only wait for the device in an epoch
         _check_losses(means, units, plan, block, epoch, per_epoch - 1)
         if graph is not None:

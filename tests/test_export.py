@@ -515,7 +515,6 @@ def test_a_run_that_is_not_finished_has_no_model(tmp_path, small):
         load(tmp_path / "run")
 
 
-
 def test_a_path_that_holds_no_model_is_an_error(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "plan.json"):
