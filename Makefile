@@ -2,18 +2,20 @@
 PY ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-long test-kernels test-cpp test-tsan test-asan fuzz mutants bench lint clean
+.PHONY: demo test test-long test-kernels test-cpp test-tsan test-asan fuzz mutants mutants-python bench lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint test-cpp
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 	$(MAKE) test-kernels
 
 test-long: lint test-tsan test-asan mutants fuzz
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 	$(MAKE) test-kernels
 
 # The Triton kernels without a GPU, each part in a process of its own: Triton interprets or compiles, never both.
@@ -65,6 +67,8 @@ fuzz: $(STAMP)
 
 mutants: $(STAMP)
 	$(WITH_TOOLS) $(BIN)/python csrc/tests/mutants.py
+
+mutants-python: $(STAMP)
 	$(BIN)/python tests/mutants.py
 
 bench: $(STAMP)

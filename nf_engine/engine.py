@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import nf_engine
+from nf_engine.assembly import assemble, exit_scores, model_facts
 from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.controller import Controller
 from nf_engine.data import ImageData, as_image_data, stratified_split
 from nf_engine.device import budget_bytes, capped, deterministic, pick
-from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataError, ResumeMismatchError
-from nf_engine.exits import EarlyExitModel, Scaled, exits_table, select_exit, throughput
+from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataError, NFError, ResumeMismatchError
+from nf_engine.exits import EarlyExitModel, exits_table, select_exit
 from nf_engine.interrupt import Interrupt, Stopped
 from nf_engine.job import BlockMemory, Job, Observer, initial_parts
 from nf_engine.manifest import digest_of
@@ -32,9 +33,9 @@ from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import BATCHES, flops_of, make_head
+from nf_engine.profiler import BATCHES, make_head
 from nf_engine.progress import make_observer
-from nf_engine.records import ExitScore, ExitTable, Plan, Profile, UnitPlan, format_bytes
+from nf_engine.records import ExitScore, ExitTable, Plan, Profile, format_bytes
 from nf_engine.recovery import asked_bytes, device_lost, is_out_of_memory
 from nf_engine.resume import check_plan, check_resume, config_sha256, environment
 from nf_engine.run_folder import MANIFEST, NewFile, RunFolder, default_path
@@ -252,10 +253,13 @@ def _finish(job: Job, network: nn.Module, network_name: str, started: float) -> 
             f"{stop}: committed at block {position.block + 1}, epoch {position.epoch}, step {position.step}; "
             f"the same command goes on in {folder.path}"
         )
+    except NFError as error:
+        folder.log("end", status="failed", error=str(error), exit_code=error.exit_code)
+        raise
     finally:
         job.observer.close()
     made = job.plan  # batches may have shrunk
-    facts = _facts(network, network_name, job.cut, made, settings, job.data.normalisation, uint8(job.data))
+    facts = model_facts(network, network_name, job.cut, made, settings, job.data.normalisation, uint8(job.data))
     whole = assemble(job.cut, job.heads, made.units, job.data.normalisation, facts)
     exits: list[ExitScore] = []
     best = -1
@@ -275,7 +279,7 @@ def _exits(
         (entry,) = now.of_role("exits")
         found = ExitTable.from_json(job.folder.read(entry).decode()).exits
         return list(found), select_exit(found, max_drop=job.config.max_drop)
-    exits = _exit_scores(whole, job.cut, job.plan, scores, job.device, job.config)
+    exits = exit_scores(whole, job.cut, job.plan, scores)
     best = select_exit(exits, max_drop=job.config.max_drop)
     new = [
         NewFile("exits", ExitTable(best, tuple(exits)).to_json().encode()),
@@ -492,76 +496,9 @@ def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: in
     return made
 
 
-def assemble(
-    cut: Cut,
-    heads: Sequence[nn.Module],
-    units: Sequence[UnitPlan],
-    normalisation: Normalisation,
-    facts: dict[str, Any],
-) -> EarlyExitModel:
-    """The cut model with one exit for each unit, in eval mode."""
-    bodies = [nn.Sequential(*(s.module for s in cut.stages[u.first : u.last + 1])) for u in units]
-    return EarlyExitModel(Scaled(normalisation), bodies, heads, facts).eval()
-
-
-def _facts(
-    network: nn.Module,
-    name: str,
-    cut: Cut,
-    made: Plan,
-    settings: TrainConfig,
-    normalisation: Normalisation,
-    is_uint8: bool,
-) -> dict[str, Any]:
-    """What `load` needs to rebuild the model: no code, no weights."""
-    spec = getattr(network, "nf_spec", None)
-    return {
-        "format": "nf-model/1",
-        "model": asdict(spec) if spec is not None else None,
-        "name": name,
-        "input_shape": list(cut.input_shape),
-        "input_dtype": "uint8" if is_uint8 else "float32",
-        "classes": cut.classes,
-        "split_points": list(settings.split_points),
-        "stages": [s.name for s in cut.stages],
-        "normalisation": {"mean": list(normalisation.mean), "std": list(normalisation.std)},
-        "exits": [{"first": u.first, "last": u.last, "head": asdict(u.head)} for u in made.units],
-    }
-
-
-def _exit_scores(
-    model: EarlyExitModel, cut: Cut, made: Plan, scores: Sequence[Score], device: torch.device, settings: TrainConfig
-) -> list[ExitScore]:
-    found = []
-    shape = cut.input_shape
-    prefix = flops = 0
-    batch = min(32, min(b.batch for b in made.blocks))
-    for k, (unit, score) in enumerate(zip(made.units, scores, strict=True)):
-        prefix += sum(p.numel() for p in model.bodies[k].parameters())
-        for stage in cut.stages[unit.first : unit.last + 1]:
-            flops += flops_of(stage.module, shape)
-            shape = stage.output_shape
-        head = model.heads[k]
-        found.append(
-            ExitScore(
-                exit=k,
-                stage=unit.last,
-                name=cut.stages[unit.last].name,
-                accuracy=score.accuracy,
-                loss=score.loss,
-                parameters=prefix + sum(p.numel() for p in head.parameters()),
-                flops=flops + flops_of(head, shape),
-                images_per_second=throughput(model, k, cut.input_shape, batch, torch.device("cpu")),
-                batch=batch,
-            )
-        )
-    return found
-
-
 __all__ = [
     "Planner",
     "TrainResult",
-    "assemble",
     "named_model",
     "plan",
     "profile",

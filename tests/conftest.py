@@ -11,6 +11,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,21 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, str, int, int], Non
         line[1] += of
 
     return add
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its figures to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = [[*key, *line] for key, line in session.config.stash[FIGURES].items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    lines = node.config.stash[FIGURES]
+    for promise, what, reached, of in getattr(node, "workeroutput", {}).get("figures", ()):
+        line = lines.setdefault((promise, what), [0, 0])
+        line[0] += reached
+        line[1] += of
 
 
 def _order(key: tuple[str, str]) -> tuple[int, str]:

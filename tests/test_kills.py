@@ -190,7 +190,7 @@ def killed_everywhere(runs: Runs, path: str, mode: str, part: int, start: Path |
 
 
 @pytest.mark.parametrize("mode", KILLS + TORN)
-@in_parts(16)
+@in_parts(32)
 def test_a_run_killed_at_any_operation_ends_as_if_it_never_was(
     runs: Runs, figure: Figure, mode: str, part: int
 ) -> None:
@@ -208,7 +208,7 @@ STARTS = {  # where the run was killed first
 
 
 @pytest.mark.parametrize("first", STARTS)
-@in_parts(32)
+@in_parts(64)
 def test_a_resume_killed_at_any_operation_is_resumed(runs: Runs, figure: Figure, first: str, part: int) -> None:
     start = runs.folder()
     assert runs.program(start, SWEPT, fault=STARTS[first]).result == "SIGKILL"
@@ -219,7 +219,7 @@ def test_a_resume_killed_at_any_operation_is_resumed(runs: Runs, figure: Figure,
 @pytest.mark.parametrize(
     ("code", "sticky", "error"), [(28, 1, "DiskFullError"), (5, 0, "StorageError"), (5, 1, "StorageError")]
 )
-@in_parts(32)
+@in_parts(64)
 def test_a_disk_that_fails_at_any_operation_loses_nothing(
     runs: Runs, figure: Figure, code: int, sticky: int, error: str, part: int
 ) -> None:

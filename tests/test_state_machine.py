@@ -162,11 +162,14 @@ class Machine(RuleBasedStateMachine):
             self.begin()
             return
         self.settle()
+        if self.do(self.read_all):
+            self.resume()
+
+    def read_all(self):
         check_resume(self.folder, CONFIG, CUT, DATA, ENV, allow_inexact=False)
         for entry in self.folder.manifest.files:
             if entry.role not in ("cache", "metrics"):
                 assert self.folder.read(entry) == self.last.files[entry.role, entry.block]
-        self.resume()
 
     def begin(self):
         initial = {("config", 0): CONFIG.to_toml().encode(), ("initial", 0): scenes.content("initial", 0, 0)}
