@@ -145,22 +145,33 @@ class Sweep:
         self.good = self.total = 0
         self.wrong: list[str] = []
 
-    def case(self, fault: str, results: set[str] | None, *more: Any, scene: str = "play", clean: bool = True) -> Any:
-        """One fault, what it left, and the run without it; `results` None: done or any error of ours."""
+    def case(
+        self,
+        fault: str,
+        results: set[str] | None,
+        *more: Any,
+        scene: str = "play",
+        clean: bool = True,
+        rebuilt: bool = False,
+    ) -> Any:
+        """One fault, what it left, and the run without it; `results` None: done or any error of ours.
+
+        rebuilt: a cache may be made again, by a commit more, so that generations say less.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.start is not None:
             shutil.copytree(self.start, self.folder)
         ended = self.program(self.folder, fault, *more, scene=scene)
         self.total += 1
         try:
-            self._check(ended, results, clean)
+            self._check(ended, results, clean, rebuilt)
         except (AssertionError, OSError, ValueError) as error:
             self.wrong.append(f"{scene} {fault} {more}: {ended}\n    {type(error).__name__}: {str(error)[:300]}")
         else:
             self.good += 1
         return ended
 
-    def _check(self, ended: Any, results: set[str] | None, clean: bool) -> None:
+    def _check(self, ended: Any, results: set[str] | None, clean: bool, rebuilt: bool) -> None:
         if results is None:
             assert ended.result == "done" or ended.result.endswith("Error"), "neither done nor an error of ours"
         else:
@@ -175,7 +186,8 @@ class Sweep:
             assert facts["needed"] >= 0
             assert facts["free"] >= 0
         if self.folder.exists():
-            check_whole(self.folder, max(ended.committed, self.committed))
+            if not rebuilt:
+                check_whole(self.folder, max(ended.committed, self.committed))
             if clean and ended.result != "SIGKILL":
                 before = set(os.listdir(self.start)) if self.start else set()  # noqa: PTH208
                 assert not [name for name in {*os.listdir(self.folder)} - before if name.endswith(".tmp")]  # noqa: PTH208
@@ -358,7 +370,9 @@ def test_a_call_that_returns_has_written(program, memory, figure, part):
         for o, name in cases[::part]:
             # A file that cannot be deleted, or a ballast that cannot be listed, stays until the next start.
             clean = o.op != "unlink" and o.name != "."
-            sweep.case(f"op={o.op}; n={o.of_kind}; mode=errno:{getattr(errno, name)}", None, clean=clean)
+            rebuilt = start is not None and o.op in ("open", "pread", "close") and o.name.endswith(".nfc")
+            fault = f"op={o.op}; n={o.of_kind}; mode=errno:{getattr(errno, name)}"
+            sweep.case(fault, None, clean=clean, rebuilt=rebuilt)
         assert not sweep.wrong, sweep.wrong[:5]
         total, good = total + sweep.total, good + sweep.good
     figure("P8", f"each errno of an operation's manual page{sample(1, part)}", good, total)

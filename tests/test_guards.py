@@ -132,12 +132,11 @@ def test_a_number_that_is_none_is_never_committed(tmp_path, whole, figure, kind,
         text = str(info.value)
         assert f"block {where[0]}" in text, (where, text)
         assert re.search(r"step \d+|unit\d+\.(body|head)\S+ holds", text), text
-        # A gradient changes the weights, and by them the loss of the step after; an infinite weight may end in a ReLU.
         said = int(re.search(r"step (\d+)", text)[1]) if f"epoch {where[1]}, step" in text else None
         if kind in ("data", "activation"):
             assert said == where[2], (where, text)
-        else:
-            assert said in (None, where[2], where[2] + 1), (where, text)
+        else:  # a gradient shows by the weights; an infinite weight may end in a ReLU, and show later or at a commit
+            assert said is None or said >= where[2], (where, text)
         assert info.value.exit_code == 7
         assert position(folder) <= where, "nothing after the last good step is committed"
         assert is_finite(folder)

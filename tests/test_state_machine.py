@@ -162,10 +162,10 @@ class Machine(RuleBasedStateMachine):
             self.begin()
             return
         self.settle()
-        if self.do(self.read_all):
+        if self.do(self.read_committed):
             self.resume()
 
-    def read_all(self):
+    def read_committed(self):
         check_resume(self.folder, CONFIG, CUT, DATA, ENV, allow_inexact=False)
         for entry in self.folder.manifest.files:
             if entry.role not in ("cache", "metrics"):
