@@ -361,8 +361,9 @@ class RunFolder:
                 log.warning("%s stays until the next start: %s", name, error)
 
     def remove(self, name: str) -> None:
-        """Deletes a file that no commit lists any more."""
-        self._remove_quietly(name)
+        """Deletes a file that no commit lists any more; after a failed commit only the next start can tell."""
+        if self._condemned is None:
+            self._remove_quietly(name)
 
     def add_metrics(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, which counts from the next commit on."""
