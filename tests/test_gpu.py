@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,3 +309,14 @@ def test_a_training_is_the_same_with_images_on_the_device_and_without(tmp_path, 
     for a, b in zip(there.memory, host.memory, strict=True):
         assert b.allocated < a.allocated <= a.predicted * 1.02
         assert a.reserved <= 64 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_run_that_was_cut_again_and_again_ends_with_the_same_bits(tmp_path, precision):
+    command = [sys.executable, str(Path(__file__).with_name("gpu_resume.py")), str(tmp_path), "cuda", precision]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["starts"] > 3
+    assert found["cut"] == found["whole"]
