@@ -9,7 +9,6 @@ frozen stages run again, on samples in the order that a cache would have them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from nf_engine.errors import CacheError, DiskFullError, StorageError
 from nf_engine.feed import Resident
 from nf_engine.job import Job
 from nf_engine.local_step import Unit
-from nf_engine.manifest import FileEntry
+from nf_engine.manifest import FileEntry, digest_of
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import image_bytes
@@ -331,7 +330,7 @@ class Chain:
             "blocks": [(asdict(b)["units"], b.batch, b.lr) for b in self._job.plan.blocks[:number]],
             "weights": [e.sha256 for e in now.of_role("block") if e.block < number],
         }
-        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        return digest_of(json.dumps(made_from, sort_keys=True).encode())
 
     def _options(self) -> EngineOptions:
         config, probe = self._job.config, self._job.plan.probe

@@ -11,7 +11,7 @@ run would have it in, since the layout of a weight decides the last bits of a co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -124,9 +124,10 @@ def load_training(
     """Brings units that are prepared, and `losses`, to a state of `training_state`."""
     for name, unit in zip(names, units, strict=True):
         _make_optimizer_state(unit, f"{name}.optimizer.", state)
-    check_same(training_state(names, units, losses), state, where)
+    own = training_state(names, units, losses)
+    check_same(own, state, where)
     with torch.no_grad():
-        for key, tensor in training_state(names, units, losses).items():
+        for key, tensor in own.items():
             tensor.copy_(state[key])
 
 
@@ -179,12 +180,3 @@ def scores_of(state: dict[str, Tensor], units: int, where: str) -> list[list[flo
     if scores is None or scores.shape != (units, 2) or scores.dtype != torch.float64:
         raise CorruptFileError(f"{where}: expected scores ({units}, 2) torch.float64; restore the file")
     return scores.tolist()
-
-
-def parts_of(names: Iterable[str], units: Sequence[Unit]) -> dict[str, nn.Module]:
-    """The modules of units under the keys of a block's file."""
-    return {
-        f"{name}.{part}": module
-        for name, unit in zip(names, units, strict=True)
-        for part, module in zip(("body", "head"), unit.modules(), strict=True)
-    }

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -224,13 +223,12 @@ def train(
     if held_out is not None:
         held_out = fit_to(held_out, size=training.shape[-1], channels=training.shape[0])
     network = _network(name, width, training.classes, training.shape, chosen.seed)
-    folder = output_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     result = engine.train(
         network,
         training,
         held_out,
         config=chosen,
-        output_dir=folder,
+        output_dir=output_dir,
         resume=resume,
         allow_inexact_resume=allow_inexact_resume,
         max_time=max_time,

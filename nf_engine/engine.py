@@ -177,7 +177,7 @@ def train(
             observer=observer,
             interrupt=Interrupt(max_time),
             keep_cache=keep_cache,
-            history=list(folder.metrics()),
+            history=folder.metrics(),
         )
         job.seconds["plan"] = time.perf_counter() - started
         with job.interrupt:  # until the last commit is made

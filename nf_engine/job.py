@@ -116,18 +116,15 @@ class Job:
             parts[f"{name}.head"] = self.heads[k]
         return parts
 
-    def begin_again(self, numbers: Sequence[int]) -> None:
-        """Puts the weights back that some blocks had before any training."""
+    def begin_again(self, number: int) -> None:
+        """Puts the weights back that a block had before any training."""
         (entry,) = self.folder.manifest_now.of_role("initial")
-        everything = parse(self.folder.read(entry), entry.name)
-        for number in numbers:
-            block, heads = self.plan.blocks[number], self._numbers(number)
-            wanted = {f"stage{i}": self.cut.stages[i].module for i in range(block.first, block.last + 1)}
-            wanted |= {f"head{k}": self.heads[k] for k in heads}
-            own = {key: t for key, t in everything.items() if key.partition(".")[0] in wanted}
-            fill(wanted, own, entry.name)
-            for module in wanted.values():
-                module.zero_grad(set_to_none=True)
+        everything, block = parse(self.folder.read(entry), entry.name), self.plan.blocks[number]
+        names = {f"stage{i}" for i in range(block.first, block.last + 1)} | {f"head{k}" for k in self._numbers(number)}
+        parts = {name: part for name, part in initial_parts(self.cut, self.heads).items() if name in names}
+        fill(parts, {key: t for key, t in everything.items() if key.partition(".")[0] in names}, entry.name)
+        for module in parts.values():
+            module.zero_grad(set_to_none=True)
 
     def leave(self, units: Sequence[Unit]) -> None:
         """Brings a block back to the host, and frees what only its training needed."""

@@ -208,9 +208,6 @@ class RunFolder:
                 f"{self.path / METRICS}: expected a JSON object a line, found: {error}; {_how_to_go_back(self.path)}"
             ) from None
 
-    def free_bytes(self) -> int:
-        return self.files.free_bytes()
-
     # --- write ---
 
     @property

@@ -84,11 +84,11 @@ class Trainer:
     ) -> tuple[list[Unit], TensorBytes | None]:
         job = self._job
         if number in self._touched:
-            job.begin_again([number])
+            job.begin_again(number)
         self._touched.add(number)
         if job.device.type in RECOVERING:
             self._rehearse(number, block, inputs, held)
-            job.begin_again([number])
+            job.begin_again(number)
         units = job.units(number)
         start = self._restored(number, units)
         job.folder.reserve(self._chain.bytes_after(number) + state_bytes(units))
