@@ -7,7 +7,6 @@ next one, whole; the same call without a fault then ends as an undisturbed run d
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import re
 import shutil
@@ -17,26 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import commit_scenes as scenes
 import pytest
 
 from nf_engine.run_folder import RunFolder
 
-
-def by_path(name: str) -> ModuleType:
-    """A module beside this one: tests are imported by their paths."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes = by_path("commit_scenes")
 Figure = Callable[[str, str, int, int], None]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 END = len(scenes.STEPS)

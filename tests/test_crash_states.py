@@ -6,33 +6,19 @@ The states: crash_states.py; the run: commit_scenes.py. Leaving out any fsync, o
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import commit_scenes as scenes
+import crash_states as crash
 import pytest
 
 from nf_engine.errors import NFError
 
-
-def by_path(name: str) -> ModuleType:
-    """A module beside this one: tests are imported by their paths."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes, crash = by_path("commit_scenes"), by_path("crash_states")
 # Every subset of up to so many pending effects; else so many samples of them.
 BOUNDS = pytest.mark.parametrize(("exhaustive", "samples"), [(7, 20), pytest.param(12, 200, marks=pytest.mark.slow)])
 

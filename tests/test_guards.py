@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import random
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs as runs
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -30,16 +28,6 @@ from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.stages import split
 from nf_engine.storage import ActivationCache
 
-
-def by_path(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-runs = by_path("small_runs")
 go, outcome = runs.go, runs.outcome
 BAD = (float("nan"), float("inf"), float("-inf"))
 

@@ -6,38 +6,23 @@ block the optimiser's state. The runs: run_scenes.py.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import run_scenes as scenes
 import torch
 
 from nf_engine import engine, progress, worker
 
-
-def by_path(name: str) -> ModuleType:
-    """A module beside this one: tests are imported by their paths."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes = by_path("run_scenes")
 Scene = scenes.Scene
 Figure = Callable[[str, str, int, int], None]
 KILL = int(signal.SIGKILL)
@@ -410,7 +395,8 @@ def test_the_order_of_samples_is_the_same_wherever_a_run_was_resumed(
 def test_the_order_of_samples_is_the_same_for_every_feed_and_any_number_of_threads(
     steps_of: Callable[..., Steps], monkeypatch: pytest.MonkeyPatch, figure: Figure, feed: str, threads: int
 ) -> None:
-    feeds = by_path("test_feed")
+    import test_feed as feeds
+
     make = {"gathered": feeds.Gathered, **feeds.FEEDS}[feed]
     whole = steps_of(replace(ORDERED, threads=2))
     monkeypatch.setattr(worker, "feed_to", lambda _, data: make(data))

@@ -6,18 +6,16 @@ block layer; a disk that reorders its own cache is not modelled. Needs root and 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import commit_scenes as scenes
 import pytest
 
 from nf_engine.errors import NFError
@@ -25,19 +23,6 @@ from nf_engine.errors import NFError
 pytestmark = pytest.mark.slow
 KIB, MIB = 1 << 10, 1 << 20
 
-
-def by_path(name: str) -> ModuleType:
-    """A module beside this one: tests are imported by their paths."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes = by_path("commit_scenes")
 END = len(scenes.STEPS)
 
 

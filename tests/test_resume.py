@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import shutil
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
+import small_runs as runs
 import torch
 from torch import nn
 
@@ -21,16 +19,6 @@ from nf_engine.errors import ConfigError, CorruptFileError, ResumeMismatchError
 from nf_engine.manifest import Manifest
 from nf_engine.resume import NEUTRAL
 
-
-def by_path(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-runs = by_path("small_runs")
 go, cut_after, outcome = runs.go, runs.cut_after, runs.outcome
 training_images, held_out_images = runs.training_images, runs.held_out_images
 

@@ -5,7 +5,6 @@ Afterwards the same call ends bit for bit as a run that was not disturbed. The r
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -17,26 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import run_scenes as scenes
 
 from nf_engine.interrupt import SIGNALS, Interrupt, Stopped
 
-
-def by_path(name: str) -> ModuleType:
-    """A module beside this one: tests are imported by their paths."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes = by_path("run_scenes")
 Scene = scenes.Scene
 Figure = Callable[[str, str, int, int], None]
 SCENES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,18 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_runs as runs
 import torch
 
-
-def by_path(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-runs = by_path("small_runs")
 TIMEOUT = 1.0
 DELAY = 12_000  # ms: a hung request, as seen from a timeout of a second
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -14,22 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small_runs as runs
 import torch
 
 from nf_engine import engine
 from nf_engine.chain import Chain
 from nf_engine.manifest import FORMAT, FileEntry, Manifest, Position
 
-
-def by_path(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-runs = by_path("small_runs")
 go, cut_after, outcome, events = runs.go, runs.cut_after, runs.outcome, runs.events
 IN_BLOCK_1, IN_BLOCK_2 = 11, 19  # steps after which a run is cut
 PAGE = 4096

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import commit_scenes as scenes
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,16 +28,6 @@ from nf_engine.manifest import FileEntry, Position, digest_of
 from nf_engine.resume import check_resume, config_sha256
 from nf_engine.run_folder import NewFile, RunFolder, go_back
 
-
-def by_path(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-scenes = by_path("commit_scenes")
 CONFIG, CUT, DATA, ENV = TrainConfig(), SimpleNamespace(stages=()), "d" * 64, {"torch": "none"}
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 BALLAST = 5000
