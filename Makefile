@@ -25,8 +25,8 @@ test-kernels: $(STAMP)
 
 # The C++ engine without Python and without a GPU: its tests bring a stand-in for the CUDA driver. No disk is needed.
 SEEDS ?= 1000
-SECONDS ?= 60
-RUNS ?= 100000
+FORMAT_RUNS ?= 1000000
+MANIFEST_RUNS ?= 100000
 CPP_BUILD ?= build/cpp
 CPP_FOLDER ?= $(firstword $(wildcard /dev/shm) /tmp)
 WITH_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
@@ -61,9 +61,9 @@ test-asan: $(STAMP)
 
 fuzz: $(STAMP)
 	$(call build-cpp,fuzzer,-DNF_SANITIZE=fuzzer -DCMAKE_CXX_COMPILER=clang++)
-	cd $(CPP_BUILD)/fuzzer && ./fuzz_format -max_len=20480 -max_total_time=$(SECONDS) -print_final_stats=1 -verbosity=0
-	@echo "$(SECONDS) s of fuzzing, 0 crashes"
-	$(BIN)/python tests/fuzz_manifest.py $(RUNS)
+	cd $(CPP_BUILD)/fuzzer && ./fuzz_format -max_len=20480 -runs=$(FORMAT_RUNS) -print_final_stats=1 -verbosity=0
+	@echo "$(FORMAT_RUNS) runs of the parser of cache files, 0 crashes"
+	$(BIN)/python tests/fuzz_manifest.py $(MANIFEST_RUNS)
 
 mutants: $(STAMP)
 	$(WITH_TOOLS) $(BIN)/python csrc/tests/mutants.py
