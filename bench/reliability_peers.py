@@ -37,8 +37,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as distributed_l
 from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
 
 from nf_engine.checkpoint import parse, to_bytes
+from nf_engine.committed import read_run
 from nf_engine.manifest import Position
-from nf_engine.run_folder import NewFile, RunFolder, read_run
+from nf_engine.run_folder import NewFile, RunFolder
 
 ROOT = Path(__file__).parents[1]
 State = dict[str, Tensor]

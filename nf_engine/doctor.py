@@ -19,9 +19,9 @@ import torch
 
 import nf_engine
 from nf_engine import ops
+from nf_engine.committed import go_back
 from nf_engine.errors import NFError
 from nf_engine.records import format_bytes
-from nf_engine.run_folder import go_back
 from nf_engine.storage import ActivationCache, CacheGeometry, build_info, direct_io, engine_report
 
 EXTRAS = {"demo": "sklearn", "images": "PIL", "triton": "triton"}  # extra -> module that it brings

@@ -27,7 +27,7 @@ from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataErr
 from nf_engine.exits import EarlyExitModel, exits_table, select_exit
 from nf_engine.interrupt import Interrupt, Stopped
 from nf_engine.job import BlockMemory, Job, Observer, initial_parts
-from nf_engine.manifest import digest_of
+from nf_engine.manifest import MANIFEST, digest_of
 from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
@@ -38,7 +38,7 @@ from nf_engine.progress import make_observer
 from nf_engine.records import ExitScore, ExitTable, Plan, Profile, format_bytes
 from nf_engine.recovery import asked_bytes, device_lost, is_out_of_memory
 from nf_engine.resume import check_plan, check_resume, config_sha256, environment
-from nf_engine.run_folder import MANIFEST, NewFile, RunFolder, default_path
+from nf_engine.run_folder import NewFile, RunFolder, default_path
 from nf_engine.stages import Cut, split
 from nf_engine.worker import Score
 

@@ -25,13 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from nf_engine.checkpoint import SCORES, assign, parse, state_of, to_bytes
+from nf_engine.committed import read_run
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError, UnsupportedModelError
 from nf_engine.exits import EarlyExitModel, Scaled
+from nf_engine.folder_files import staging
 from nf_engine.heads import Shape, build_head
+from nf_engine.manifest import MANIFEST
 from nf_engine.models import ModelSpec
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec, Record
-from nf_engine.run_folder import MANIFEST, read_run, staging
 from nf_engine.stages import Cut, split
 
 __all__ = ["export_pt2", "load", "save_pretrained"]

@@ -17,8 +17,9 @@ from typing import Any
 from nf_engine.errors import CorruptFileError
 from nf_engine.records import Record
 
-__all__ = ["FileEntry", "Manifest", "Position", "digest_of", "is_ours"]
+__all__ = ["MANIFEST", "PREVIOUS", "FileEntry", "Manifest", "Position", "digest_of", "is_ours"]
 
+MANIFEST, PREVIOUS = "MANIFEST.json", "MANIFEST.prev.json"
 FORMAT = "nf-manifest/1"
 LIMIT = 1 << 20  # bytes of a manifest
 MOST_FILES = 4096

@@ -17,48 +17,28 @@ of the next start. Every operation goes through nf_engine._cache.io, where fault
 
 from __future__ import annotations
 
-import datetime
 import errno
 import json
 import logging
-import os
-import platform
 import secrets
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nf_engine import _cache
-from nf_engine.errors import (
-    ConfigError,
-    CorruptFileError,
-    DiskFullError,
-    NFError,
-    PermissionRefusedError,
-    RunLockedError,
-    StorageError,
-)
-from nf_engine.manifest import FORMAT, LIMIT, FileEntry, Manifest, Position, digest_of, is_ours
+from nf_engine.committed import how_to_go_back, read_entry, read_previous
+from nf_engine.errors import ConfigError, CorruptFileError, DiskFullError, NFError, StorageError
+from nf_engine.folder_files import LOCK, appending, lock_folder, make_folder, read_file, write_file
+from nf_engine.manifest import FORMAT, LIMIT, MANIFEST, PREVIOUS, FileEntry, Manifest, Position, digest_of, is_ours
 
-__all__ = ["NewFile", "RunFolder", "default_path", "go_back", "read_run", "staging"]
+__all__ = ["NewFile", "RunFolder", "default_path"]
 
 log = logging.getLogger(__name__)
 
-MANIFEST, PREVIOUS, LOCK, LOG, METRICS, BALLAST = (
-    *("MANIFEST.json", "MANIFEST.prev.json", "LOCK", "log.jsonl", "metrics.jsonl", "ballast.tmp"),
-)
+LOG, METRICS, BALLAST = "log.jsonl", "metrics.jsonl", "ballast.tmp"
 FIXED = {MANIFEST, PREVIOUS, LOCK, LOG}
-HEAD = 4096  # most bytes read of a LOCK
-REFUSED = {
-    errno.ELOOP: "a link",
-    errno.ENXIO: "a socket or a device",
-    errno.EISDIR: "a folder",
-    errno.EACCES: "one that this user may not open",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +84,10 @@ class RunFolder:
             DiskFullError, StorageError: it cannot be made or read.
         """
         self.path = Path(path)
-        self.files = _made(self.path)
+        self.files = make_folder(self.path)
         try:
             _check_unused(self.files, self.path)
-            self._lock = _locked(self.files, self.path)
+            self._lock = lock_folder(self.files, self.path)
         except BaseException:
             self.files.close()
             raise
@@ -138,13 +118,13 @@ class RunFolder:
     def _read_manifest(self) -> Manifest | None:
         names = set(self.files.list())
         if MANIFEST in names:
-            self._present = _read(self.files, MANIFEST, LIMIT)
+            self._present = read_file(self.files, MANIFEST, LIMIT)
             try:
                 return Manifest.parse(self._present, f"{self.path / MANIFEST}")
             except CorruptFileError as error:
-                raise CorruptFileError(f"{error}; {_how_to_go_back(self.path)}") from None
+                raise CorruptFileError(f"{error}; {how_to_go_back(self.path)}") from None
         if PREVIOUS in names:
-            raise CorruptFileError(f"{self.path / MANIFEST} is missing; {_how_to_go_back(self.path)}")
+            raise CorruptFileError(f"{self.path / MANIFEST} is missing; {how_to_go_back(self.path)}")
         return None
 
     def _sweep(self) -> list[str]:
@@ -166,7 +146,7 @@ class RunFolder:
         if PREVIOUS not in self.files.list():
             return None
         try:
-            return Manifest.parse(_read(self.files, PREVIOUS, LIMIT), PREVIOUS)
+            return read_previous(self.files, self.path, self._present)[1]
         except (CorruptFileError, StorageError) as error:
             log.warning("%s cannot be read, there is no step back before the next commit: %s", PREVIOUS, error)
             return None
@@ -178,7 +158,7 @@ class RunFolder:
             return b""
         (entry,) = entries
         data = self.read(entry)
-        with _appending(self.files, METRICS) as file:
+        with appending(self.files, METRICS) as file:
             if file.stat().size > len(data):
                 file.truncate(len(data))
         return data
@@ -191,7 +171,7 @@ class RunFolder:
         Raises:
             CorruptFileError: they are not what was committed. PermissionRefusedError: it is a link or another's.
         """
-        return _read_entry(self.files, self.path, entry)
+        return read_entry(self.files, self.path, entry)
 
     @property
     def manifest_now(self) -> Manifest:
@@ -205,7 +185,7 @@ class RunFolder:
             return [json.loads(line) for line in self._lines.splitlines()]
         except (ValueError, RecursionError) as error:
             raise CorruptFileError(
-                f"{self.path / METRICS}: expected a JSON object a line, found: {error}; {_how_to_go_back(self.path)}"
+                f"{self.path / METRICS}: expected a JSON object a line, found: {error}; {how_to_go_back(self.path)}"
             ) from None
 
     # --- write ---
@@ -319,17 +299,17 @@ class RunFolder:
     def _write_synced(self, name: str, data: bytes) -> None:
         """A new file on the disk. After a failed fsync its pages count as clean though they are not: written anew."""
         try:
-            _write(self.files, name, data)
+            write_file(self.files, name, data)
         except StorageError as error:
             if error.op != "fsync":
                 raise
             log.warning("%s; the file is written again, once", error)
-            _write(self.files, name, data)
+            write_file(self.files, name, data)
 
     def _sync_metrics(self) -> None:
         if not self._tail_lost:
             try:
-                with _appending(self.files, METRICS) as file:
+                with appending(self.files, METRICS) as file:
                     self._tail_lost = True  # until fsync has said otherwise: asked again, it would lie
                     file.fsync()
                 self._tail_lost = False
@@ -338,7 +318,7 @@ class RunFolder:
                 if not self._tail_lost:
                     raise
                 log.warning("%s; the file is written again, once", error)
-        _write(self.files, f"{METRICS}.tmp", self._lines)
+        write_file(self.files, f"{METRICS}.tmp", self._lines)
         self.files.rename(f"{METRICS}.tmp", METRICS)
         self._tail_lost = False
 
@@ -365,7 +345,7 @@ class RunFolder:
     def add_metrics(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, which counts from the next commit on."""
         line = json.dumps(record).encode("ascii") + b"\n"
-        with _appending(self.files, METRICS) as file:
+        with appending(self.files, METRICS) as file:
             file.write(len(self._lines), line)
         self._lines += line
 
@@ -375,14 +355,14 @@ class RunFolder:
             (entry,) = self.manifest_now.of_role("metrics")
             count = self._lines[: entry.bytes].count(b"\n")
         self._lines = b"".join(self._lines.splitlines(keepends=True)[:count])
-        with _appending(self.files, METRICS) as file:
+        with appending(self.files, METRICS) as file:
             file.truncate(len(self._lines))
 
     def log(self, event: str, **values: Any) -> None:
         """A line of log.jsonl, control characters escaped; a disk that refuses it is told of and stops nothing."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=str) + "\n"
         try:
-            with _appending(self.files, LOG) as file:
+            with appending(self.files, LOG) as file:
                 file.write(file.stat().size, line.encode("ascii"))
         except (StorageError, DiskFullError) as error:
             log.warning("not in %s: %s: %s", LOG, event, error)
@@ -413,155 +393,6 @@ class RunFolder:
         return there
 
 
-# --- without the lock -----------------------------------------------------------------------------------------------
-
-
-def read_run(path: Path, roles: Sequence[str]) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of a run and the verified bytes of its files of some roles, by name; the folder may be in use.
-
-    Raises:
-        ConfigError: the path is no run folder. CorruptFileError, PermissionRefusedError: as RunFolder.read.
-    """
-    try:
-        files = _cache.io.Folder(str(path), follow=False)
-    except StorageError as error:
-        raise ConfigError(f"{path}: expected a run folder, found: {error}") from None
-    try:
-        if MANIFEST not in files.list():
-            raise ConfigError(f"{path}: expected a run folder with {MANIFEST}, found none; name such a folder")
-        _check_owner(files, path)
-        manifest = Manifest.parse(_read(files, MANIFEST, LIMIT), f"{path / MANIFEST}")
-        return manifest, {e.name: _read_entry(files, path, e) for e in manifest.files if e.role in roles}
-    finally:
-        files.close()
-
-
-def go_back(path: Path) -> Manifest:
-    """Makes the commit before the last one the last one, as `nf-engine doctor --recover` does; returns it.
-
-    For a run whose MANIFEST.json, or a file that only it lists, is damaged. Work since that commit is done again.
-
-    Raises:
-        ConfigError: there is no commit before. CorruptFileError: that one is damaged, too.
-        RunLockedError, PermissionRefusedError, StorageError: as for RunFolder.
-    """
-    if not path.is_dir():
-        raise ConfigError(f"{path}: expected a run folder, found none")
-    files = _made(path)
-    try:
-        if PREVIOUS not in files.list():
-            raise ConfigError(f"{path}: expected {PREVIOUS}, found none; the run has one commit or none")
-        lock = _locked(files, path)
-        try:
-            data = _read(files, PREVIOUS, LIMIT)
-            manifest = Manifest.parse(data, f"{path / PREVIOUS}")
-            for entry in manifest.files:
-                if entry.role != "cache":
-                    _read_entry(files, path, entry)
-            if f"{MANIFEST}.tmp" in files.list():
-                files.unlink(f"{MANIFEST}.tmp")
-            _write(files, f"{MANIFEST}.tmp", data)
-            files.rename(f"{MANIFEST}.tmp", MANIFEST)
-            files.fsync()
-            return manifest
-        finally:
-            lock.release()
-    finally:
-        files.close()
-
-
-class Staging:
-    """A private folder for what will get its name when it is complete."""
-
-    def __init__(self, path: Path, files: _cache.io.Folder) -> None:
-        self.path, self._files = path, files
-
-    def write(self, name: str, data: bytes) -> Path:
-        """A new file, synced."""
-        _write(self._files, name, data)
-        self._files.fsync()
-        return self.path / name
-
-    def put(self, part: Path, target: Path) -> None:
-        """Gives the folder, or a file in it, its name. Raises StorageError: that cannot be done."""
-        try:
-            part.rename(target)
-        except OSError as error:
-            raise StorageError(
-                f"{target}: cannot rename {part}: {error.strerror}; give the result a new name",
-                op="rename",
-                path=str(target),
-                offset=-1,
-                errno=error.errno or 0,
-            ) from None
-
-
-@contextmanager
-def staging(target: Path) -> Iterator[Staging]:
-    """A folder beside the target that is gone afterwards; what is right in it is renamed before."""
-    path = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    files = _made(path)
-    try:
-        yield Staging(path, files)
-    finally:
-        files.close()
-        shutil.rmtree(path, ignore_errors=True)
-
-
-# --- one file, one folder -------------------------------------------------------------------------------------------
-
-
-def _made(path: Path) -> _cache.io.Folder:
-    """The folder, made where it is missing; its owner, this user, alone may write it."""
-    whole = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow the link that is refused below)
-    try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"{whole.parent}: cannot be made: {error.strerror}; name another output_dir",
-            op="mkdir",
-            path=str(whole.parent),
-            offset=-1,
-            errno=error.errno or 0,
-        ) from None
-    parent = _cache.io.Folder(str(whole.parent))
-    try:
-        parent.make_folder(whole.name)
-        parent.fsync()
-    except StorageError as error:
-        if error.errno != errno.EEXIST:
-            raise
-    finally:
-        parent.close()
-    try:
-        files = _cache.io.Folder(str(path), follow=False)
-    except StorageError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
-            raise
-        raise PermissionRefusedError(
-            f"{path}: expected a folder of this user, found a link, a file or what this user may not open; name another"
-        ) from None
-    try:
-        _check_owner(files, path)
-    except NFError:
-        files.close()
-        raise
-    return files
-
-
-def _check_owner(files: _cache.io.Folder, path: Path) -> None:
-    status = files.stat()
-    if status.owner != os.geteuid():
-        raise PermissionRefusedError(
-            f"{path}: expected a folder of user {os.geteuid()}, found one of user {status.owner}; name another folder"
-        )
-    if status.mode & 0o022:
-        raise PermissionRefusedError(
-            f"{path}: expected a folder that its owner alone may write, found mode {status.mode:o}; "
-            f"chmod go-w {path}, if you trust what is in it"
-        )
-
-
 def _check_unused(files: _cache.io.Folder, path: Path) -> None:
     """Raises ConfigError where a folder without a commit holds what no first commit has left: a run makes LOCK first,
     and without it config.toml is the user's own."""
@@ -574,157 +405,6 @@ def _check_unused(files: _cache.io.Folder, path: Path) -> None:
             f"output_dir {path} holds {taken[0]!r}{f' and {len(taken) - 1} more' * (len(taken) > 1)} and no run of "
             "nf_engine; name a new or empty folder"
         )
-
-
-def _locked(files: _cache.io.Folder, path: Path) -> _cache.io.FolderLock:
-    try:
-        lock = files.lock(LOCK)
-    except StorageError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise _as_refusal(error) from None
-        raise _held(files, path) from None
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    text = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n"
-    try:
-        with _appending(files, LOCK) as file:
-            file.truncate(0)
-            file.write(0, text.encode("ascii"))
-    except NFError:
-        lock.release()
-        raise
-    return lock
-
-
-def _held(files: _cache.io.Folder, path: Path) -> RunLockedError:
-    for pause in (0.0, 0.01, 0.1, 0.4):  # whoever has just got it has not yet written over the name of the last one
-        time.sleep(pause)
-        pid, host, since = _holder(files)
-        if pid and (host != platform.node() or Path("/proc", str(pid)).exists()):
-            break
-    who = f"process {pid} on {host!r} since {since!r}" if pid else "another process"
-    return RunLockedError(
-        f"{path} is in use by {who}; wait for its end, or name another folder", pid=pid, host=host, since=since
-    )
-
-
-def _holder(files: _cache.io.Folder) -> tuple[int, str, str]:
-    try:
-        found = json.loads(_read(files, LOCK, HEAD))
-        return int(found["pid"]), str(found["host"]), str(found["since"])
-    except (NFError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        return 0, "", ""
-
-
-def _read(files: _cache.io.Folder, name: str, most: int, *, start: bool = False) -> bytes:
-    """A whole file of ours of at most `most` bytes, or the first so many.
-
-    Raises CorruptFileError: it is longer; PermissionRefusedError: it is a link, a device, or not this user's.
-    """
-    file = _opened(files, name)
-    try:
-        size = _own(file).size
-        if size > most and not start:
-            raise CorruptFileError(f"{file.path}: expected {most} bytes at most, found {size}")
-        data = bytearray(min(size, most))
-        if data:
-            file.read(0, data)
-        return bytes(data)
-    except MemoryError:
-        raise CorruptFileError(f"{file.path}: expected a file that fits into memory, found {size} bytes") from None
-    finally:
-        file.close()
-
-
-def _opened(files: _cache.io.Folder, name: str, *, append: bool = False) -> _cache.io.File:
-    try:
-        return files.append(name) if append else files.open(name, direct=False)
-    except StorageError as error:
-        raise _as_refusal(error) from None
-
-
-def _as_refusal(error: StorageError) -> NFError:
-    """What the kernel will not open says what it is; any other error stays."""
-    if error.errno not in REFUSED:
-        return error
-    return PermissionRefusedError(f"{error.path}: expected a regular file, found {REFUSED[error.errno]}; remove it")
-
-
-def _own(file: _cache.io.File) -> _cache.io.Status:
-    status = file.stat()
-    if not status.regular or status.links != 1 or status.owner != os.geteuid():
-        raise PermissionRefusedError(
-            f"{file.path}: expected a regular file of user {os.geteuid()} with one name, found "
-            f"{'a' if status.regular else 'no'} regular file of user {status.owner} with {status.links}; remove it"
-        )
-    return status
-
-
-@contextmanager
-def _appending(files: _cache.io.Folder, name: str) -> Iterator[_cache.io.File]:
-    """A file that grows or shrinks at its end, made where it is missing."""
-    file = _opened(files, name, append=True)
-    try:
-        _own(file)
-        yield file
-    finally:
-        file.close()
-
-
-def _read_entry(files: _cache.io.Folder, path: Path, entry: FileEntry) -> bytes:
-    """The bytes that the manifest speaks of: metrics.jsonl may have more by now."""
-    try:
-        data = _read(files, entry.name, entry.bytes, start=entry.role == "metrics")
-    except StorageError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        raise CorruptFileError(f"{path / entry.name} is missing; {_how_to_go_back(path)}") from None
-    except CorruptFileError as error:
-        raise CorruptFileError(f"{error}; {_how_to_go_back(path)}") from None
-    _check_digest(path, entry, data)
-    return data
-
-
-def _check_digest(path: Path, entry: FileEntry, data: bytes) -> None:
-    if len(data) != entry.bytes or digest_of(data) != entry.sha256:
-        raise CorruptFileError(
-            f"{path / entry.name}: expected {entry.bytes} bytes with sha256 {entry.sha256}, found {len(data)} with "
-            f"{digest_of(data)}; {_how_to_go_back(path)}"
-        )
-
-
-def _how_to_go_back(path: Path) -> str:
-    return f"restore it, or go one commit back: nf-engine doctor --recover {path}"
-
-
-def _write(files: _cache.io.Folder, name: str, data: bytes) -> None:
-    """A new file, synced; none where that fails."""
-    file = _new(files, name)
-    try:
-        file.write(0, data)
-        file.fsync()
-        file.close()
-    except NFError:
-        _give_up(files, file, name)
-        raise
-
-
-def _new(files: _cache.io.Folder, name: str) -> _cache.io.File:
-    """Created; a file of that name that a failed attempt left is removed before."""
-    try:
-        return files.create(name, direct=False)
-    except StorageError as error:
-        if error.errno != errno.EEXIST:
-            raise
-    files.unlink(name)
-    return files.create(name, direct=False)
-
-
-def _give_up(files: _cache.io.Folder, file: _cache.io.File, name: str) -> None:
-    for clean_up in (file.close, lambda: files.unlink(name)):
-        try:
-            clean_up()
-        except NFError as error:  # the first error says more
-            log.warning("%s: not cleaned up: %s", name, error)
 
 
 def _listed(manifest: Manifest | None) -> set[str]:

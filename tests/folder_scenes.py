@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from nf_engine import _cache
+from nf_engine.committed import go_back, read_run
 from nf_engine.errors import CorruptFileError, NFError, RunLockedError
 from nf_engine.manifest import FileEntry, Manifest, Position
-from nf_engine.run_folder import NewFile, RunFolder, go_back, read_run
+from nf_engine.run_folder import NewFile, RunFolder
 
 NOBODY = 65534
 Report = dict[str, Any]

@@ -24,10 +24,11 @@ from torch import nn
 
 import nf_engine
 from nf_engine import checkpoint
+from nf_engine.committed import go_back, read_run
 from nf_engine.config import TrainConfig
 from nf_engine.errors import NFError
 from nf_engine.manifest import Manifest
-from nf_engine.run_folder import RunFolder, go_back, read_run
+from nf_engine.run_folder import RunFolder
 from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord
 
 FORBIDDEN = ("compile", "exec", "import", "pickle.find_class", "marshal.loads", "code.__new__", "ctypes.dlopen")

@@ -71,9 +71,8 @@ MUTANTS = [
         ("digests of the run", "if not DIGEST.fullmatch(value) and not (", "if False and not ("),
     ),
     *of(
-        "run_folder.py",
+        "folder_files.py",
         FOLDER,
-        ("folder of somebody else", "            _check_unused(self.files, self.path)\n", ""),
         ("owner of the folder", "if status.owner != os.geteuid():", "if False:"),
         ("others may write", "if status.mode & 0o022:", "if False:"),
         ("kind of a file", "if not status.regular or status.links", "if status.links"),
@@ -84,7 +83,18 @@ MUTANTS = [
             ':\n        raise PermissionRefusedError(\n            f"{file',
         ),
         ("length of a file", "if size > most and not start:", "if False:"),
+    ),
+    *of(
+        "committed.py",
+        FOLDER,
         ("digest of a file", " or digest_of(data) != entry.sha256:", ":"),
+        ("what the present commit followed", "if digest_of(data) != now.prev_sha256:", "if False:"),
+        ("files of the commit before", '                if entry.role != "cache":\n', "                if False:\n"),
+    ),
+    *of(
+        "run_folder.py",
+        FOLDER,
+        ("folder of somebody else", "            _check_unused(self.files, self.path)\n", ""),
         (
             "sweep: foreign names",
             "if is_ours(name) and status.regular:\n                self.files.unlink",

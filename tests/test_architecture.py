@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "costs": set(),
     "partitioner": {"costs", "tiers"},
     "manifest": set(),
-    "run_folder": {"_cache", "manifest"},
+    "folder_files": {"_cache"},
+    "committed": {"_cache", "folder_files", "manifest"},
+    "run_folder": {"_cache", "committed", "folder_files", "manifest"},
     "interrupt": set(),
     "codec": set(),
     "cache_format": {"_cache"},
@@ -72,7 +74,9 @@ ALLOWED: dict[str, set[str]] = {
     "resume": {"manifest", "run_folder", "stages"},
     "progress": set(),
     "exits": {"data", "preprocess"},
-    "export": {"checkpoint", "exits", "heads", "models", "preprocess", "run_folder", "stages"},
+    "export": {
+        *("checkpoint", "committed", "exits", "folder_files", "heads", "manifest", "models", "preprocess", "stages"),
+    },
     "compare": {
         "data",
         "local_step",
@@ -101,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
         *("partitioner", "planner", "preprocess", "profiler", "progress", "recovery", "resume", "run_folder"),
         *("stages", "worker"),
     },
-    "doctor": {"__init__", "ops", "run_folder", "storage"},
+    "doctor": {"__init__", "committed", "ops", "storage"},
     "cli": {"__init__", "data", "doctor", "engine", "exits", "export", "models"},
     "__main__": {"cli"},
     "__init__": set(),  # loads engine, exits and export by name, at first use
@@ -120,7 +124,7 @@ RUNS_CODE = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.l
 RUNS_CODE |= {"os.popen", "os.execv", "os.execve", "os.spawnv", "torch.package.PackageImporter", "np.fromregex"}
 IMPORTS_BY_NAME = {"importlib.import_module", "import_module"}
 IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "scikit-learn": "sklearn", "pillow": "PIL"}  # where the package's differs
-# Who may write, rename or remove beside run_folder, and what.
+# Who may write, rename or remove beside run_folder and its parts, and what.
 WRITES = {
     ("export", "os.open"): "reads, and does not wait for a pipe",
     ("records", "write_text"): "Record.save: a profile or plan where the user wants it, no part of a run",
@@ -214,7 +218,8 @@ def test_only_fused_imports_kernels_and_only_ops_imports_fused():
 
 
 def test_only_the_cache_and_the_run_folder_import_the_compiled_module():
-    assert "storage" in importers("_cache") <= {"cache_format", "disk_tier", "memory_tier", "storage", "run_folder"}
+    files = {"committed", "folder_files", "run_folder"}
+    assert "storage" in importers("_cache") <= {"cache_format", "disk_tier", "memory_tier", "storage", *files}
 
 
 def test_only_the_command_line_imports_the_engine():
@@ -288,7 +293,8 @@ def written(call: ast.Call) -> str:
 
 def test_only_the_run_folder_writes_files():
     """One door, so that one fault hook and one protocol reach every durable byte."""
-    found = {(name, written(call)) for name, tree in TREES.items() if name != "run_folder" for call in calls(tree)}
+    doors = ("committed", "folder_files", "run_folder")
+    found = {(name, written(call)) for name, tree in TREES.items() if name not in doors for call in calls(tree)}
     assert {pair for pair in found if pair[1]} == set(WRITES)
 
 

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from nf_engine import checkpoint
+from nf_engine.committed import go_back, read_run
 from nf_engine.config import TrainConfig
 from nf_engine.errors import CacheError, CorruptFileError, NFError
 from nf_engine.local_step import Unit
 from nf_engine.manifest import FileEntry, Manifest, Position
-from nf_engine.run_folder import NewFile, RunFolder, go_back, read_run
+from nf_engine.run_folder import NewFile, RunFolder
 from nf_engine.storage import ActivationCache, CacheGeometry
 
 SIZE, PAGE = 1 << 16, 4096

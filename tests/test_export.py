@@ -17,12 +17,13 @@ from nf_engine.checkpoint import state_of, to_bytes
 from nf_engine.errors import ConfigError, CorruptFileError, ExportError, NoDeviceError
 from nf_engine.exits import EarlyExitModel, Scaled
 from nf_engine.export import export_pt2, load, save_pretrained
+from nf_engine.folder_files import Staging
 from nf_engine.heads import build_head
 from nf_engine.manifest import Position
 from nf_engine.models import build
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import HeadSpec
-from nf_engine.run_folder import NewFile, RunFolder, Staging
+from nf_engine.run_folder import NewFile, RunFolder
 from nf_engine.stages import split
 
 K = 7

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from nf_engine import _cache, checkpoint
+from nf_engine.committed import go_back, read_run
 from nf_engine.errors import CacheError, CorruptFileError
 from nf_engine.manifest import Position
-from nf_engine.run_folder import NewFile, RunFolder, go_back, read_run
+from nf_engine.run_folder import NewFile, RunFolder
 from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from nf_engine.committed import go_back, read_run
 from nf_engine.errors import ConfigError, CorruptFileError, PermissionRefusedError, RunLockedError, StorageError
+from nf_engine.folder_files import staging
 from nf_engine.manifest import FileEntry, Manifest, Position
-from nf_engine.run_folder import NewFile, RunFolder, default_path, go_back, read_run, staging
+from nf_engine.run_folder import NewFile, RunFolder, default_path
 
 ROOT = Path(__file__).parent.parent
 SCENES = Path(__file__).with_name("folder_scenes.py")
@@ -338,6 +340,38 @@ def test_one_can_go_back_once_and_not_into_a_damaged_commit(tmp_path):
         go_back(tmp_path / "short")
     with pytest.raises(ConfigError, match="expected a run folder, found none"):
         go_back(tmp_path / "nowhere")
+
+
+def test_a_commit_of_another_time_or_run_is_no_way_back(tmp_path):
+    """Its files may be there and whole: only the present manifest says what came before it."""
+    with committed(tmp_path / "run", 2) as run:
+        older = (run.path / "MANIFEST.prev.json").read_bytes()
+        run.commit(Position(0, 2, 0))
+        previous = run.path / "MANIFEST.prev.json"
+        right = previous.read_bytes()
+    committed(tmp_path / "other", 3).close()
+    other = (tmp_path / "other" / "MANIFEST.prev.json").read_bytes()
+    for wrong in (older, other):
+        assert Manifest.parse(wrong, "whole").generation < 3
+        previous.write_bytes(wrong)
+        with pytest.raises(CorruptFileError, match=r"prev.json: expected the commit that generation 3 followed, with"):
+            go_back(tmp_path / "run")
+    previous.write_bytes(right)
+    assert go_back(tmp_path / "run").generation == 2
+    assert go_back(tmp_path / "run").generation == 2  # again: both manifests are the same one now
+    previous.write_bytes(older)
+    (tmp_path / "run" / "MANIFEST.json").write_bytes(b"torn")  # then nothing says what it followed
+    assert go_back(tmp_path / "run").generation == 1
+
+
+def test_the_sweep_keeps_nothing_for_a_commit_that_is_not_the_one_before(tmp_path):
+    committed(tmp_path / "run", 3).close()
+    committed(tmp_path / "other", 3).close()
+    (tmp_path / "run" / "MANIFEST.prev.json").write_bytes((tmp_path / "other" / "MANIFEST.prev.json").read_bytes())
+    assert "c0000002.safetensors" in names(tmp_path / "run")  # of the same name in both
+    with RunFolder(tmp_path / "run"):
+        assert "c0000002.safetensors" not in names(tmp_path / "run")
+        assert "c0000003.safetensors" in names(tmp_path / "run")
 
 
 # --- one writer ---

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from nf_engine import _cache
+from nf_engine.committed import go_back
 from nf_engine.config import TrainConfig
 from nf_engine.errors import CorruptFileError, DiskFullError, NFError, ResumeMismatchError, RunLockedError
 from nf_engine.manifest import FileEntry, Position, digest_of
 from nf_engine.resume import check_resume, config_sha256
-from nf_engine.run_folder import NewFile, RunFolder, go_back
+from nf_engine.run_folder import NewFile, RunFolder
 
 CONFIG, CUT, DATA, ENV = TrainConfig(), SimpleNamespace(stages=()), "d" * 64, {"torch": "none"}
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
