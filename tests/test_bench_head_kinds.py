@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import bench_head_kinds as bench
-from bench.bench_head_kinds import BACKPROPAGATION, BLOCKS, KINDS, LAYERWISE, TOGETHER, Case, Recipe
+from bench.bench_head_kinds import BACKPROPAGATION, BLOCKS, LAYERWISE, TOGETHER, Case, Recipe
+from bench.head_kinds import KINDS
 from bench.timing import images
 from nf_engine.config import TrainConfig
 from nf_engine.models import build

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import bench_heads as bench
-from bench.bench_heads import Case
+from bench import head_peers as peers
+from bench.head_peers import TAIL, Case, Problem
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -29,7 +30,7 @@ def tiny(kind="deep d=2", dtype=FP32, channels=8, side=6, batch=5):
     ("cuda", False, 2 * (2 * (4 * 5 + 3) + 2 * 5) + 2 * 3),
 ])  # fmt: skip
 def test_every_case_is_listed_once_and_no_pool_is_clipped(device, quick, count):
-    listed = bench.cases(torch.device(device), quick)
+    listed = peers.cases(torch.device(device), quick)
 
     assert len(listed) == len({tuple(c.names().values()) for c in listed}) == count
     assert all(c.spec.pool <= c.side for c in listed)
@@ -38,7 +39,7 @@ def test_every_case_is_listed_once_and_no_pool_is_clipped(device, quick, count):
 
 @pytest.mark.parametrize(
     ("kind", "least"),
-    [("linear q=1", 1), (bench.TAIL, 1), ("linear q=2", 2), ("linear q=4", 2), ("deep d=2", 2)],
+    [("linear q=1", 1), (TAIL, 1), ("linear q=2", 2), ("linear q=4", 2), ("deep d=2", 2)],
 )
 def test_the_least_bytes_are_x_read_and_dx_written_unless_it_is_a_view(kind, least):
     case = tiny(kind, BF16)
@@ -70,7 +71,7 @@ def by_hand(problem):
 @pytest.mark.parametrize("layout", bench.LAYOUTS)
 @pytest.mark.parametrize("kind", ["linear q=1", "linear q=2", "linear q=4", "deep d=1 pool 4"])
 def test_the_truth_of_a_problem_is_the_head_written_out(kind, layout):
-    problem = bench.Problem(tiny(kind), CPU, bench.LAYOUTS[layout])
+    problem = Problem(tiny(kind), CPU, bench.LAYOUTS[layout])
 
     assert problem.pool == (3 if kind.startswith("deep") else problem.case.spec.pool)  # the map is 3x3
     assert problem.error(by_hand(problem)) < 1e-12
@@ -79,11 +80,11 @@ def test_the_truth_of_a_problem_is_the_head_written_out(kind, layout):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("kind", [*bench.POOLS, bench.TAIL])
+@pytest.mark.parametrize("kind", [*peers.POOLS, TAIL])
 def test_candidates_agree_with_float64(kind, dtype):
-    problem = bench.Problem(tiny(kind, dtype, side=1 if kind == bench.TAIL else 6), CPU)
+    problem = Problem(tiny(kind, dtype, side=1 if kind == TAIL else 6), CPU)
     for name in ("eager", "reference"):
-        done = bench.make_step(name, problem)(problem.xs[0])
+        done = peers.make_step(name, problem)(problem.xs[0])
         assert problem.error(done) <= problem.tolerance(), name
         assert [g.dtype for g in done[2]] == [FP32] * len(done[2])  # of float32 weights, whatever x is
 
@@ -91,8 +92,8 @@ def test_candidates_agree_with_float64(kind, dtype):
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("factor", [1.2, math.nan])
 def test_a_step_that_is_wrong_in_any_part_has_a_large_error(part, factor):
-    problem = bench.Problem(tiny(), CPU)
-    done = list(bench.make_step("eager", problem)(problem.xs[0]))
+    problem = Problem(tiny(), CPU)
+    done = list(peers.make_step("eager", problem)(problem.xs[0]))
     done[part] = [done[2][0], *(factor * g for g in done[2][1:])] if part == 2 else factor * done[part]
 
     assert not problem.error(done) <= problem.tolerance()
@@ -100,7 +101,7 @@ def test_a_step_that_is_wrong_in_any_part_has_a_large_error(part, factor):
 
 def measured(monkeypatch, names=("eager", "reference"), **steps):
     """Rows of a small case, some candidates replaced: steps maps their names to functions of the right result."""
-    make = bench.make_step
+    make = peers.make_step
 
     def made(name, problem):
         step = make("reference" if name in steps else name, problem)
@@ -173,7 +174,7 @@ def test_ratios_are_medians_over_rounds_of_cpu_time():
 
 
 def test_peak_bytes_are_those_alive_at_once_beyond_what_is_given():
-    problem = bench.Problem(tiny(), CPU)
+    problem = Problem(tiny(), CPU)
 
     def step(x):
         a = torch.empty(1 << 20)
