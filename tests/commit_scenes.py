@@ -1,32 +1,28 @@
 """A run of eight commits as a small program without torch: what the tests of faults, crashes and power cuts let happen.
 
-Faults are read from the environment when nf_engine._cache is loaded, so each case is a forked child that loads it:
-`Program` starts this file, which forks once a case and tells what came of it. Every content is a function of what it is
-(role, block, epoch), so that a test knows what each commit must hold, by `expected`, whatever happened before.
+Each case is a child that `Program`, this file, forks (fork_server.py). Every content is a function of what it is (role,
+block, epoch), so that a test knows what each commit must hold, by `expected`, whatever happened before.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fork_server import LOG, ForkServer, serve
+
 SIZES = {"train": 5_000, "block": 9_000, "initial": 6_000, "x": 8_192, "v": 4_096}
 BALLAST = 20_000
 FIXED = {"LOCK", "log.jsonl", "MANIFEST.json", "MANIFEST.prev.json"}
-LOG = 9  # descriptor of NF_FAULT_LOG in the child
 Contents = dict[tuple[str, int], bytes]  # of each (role, block); a cache's role is the first letter of its name
 
 
@@ -292,12 +288,14 @@ SCENES: dict[str, Callable[..., dict[str, Any] | None]] = {
 }
 
 
-def answer(case: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
-    """One case in this process, which loads the module with its faults here."""
-    os.environ.update(case["env"])
+def answer(case: dict[str, Any], out: int) -> dict[str, Any]:
+    """One case in this process, which loads the module with its faults here; each generation is a line to `out`."""
     importlib.import_module("nf_engine._cache")
     importlib.import_module("nf_engine.run_folder")
     from nf_engine.errors import NFError
+
+    def report(generation: int) -> None:
+        os.write(out, f"{generation}\n".encode())
 
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     try:
@@ -307,38 +305,6 @@ def answer(case: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any
         facts = {name: getattr(error, name) for name in names}
         facts |= {"result": type(error).__name__, "text": str(error), "exit_code": error.exit_code}
     return {**facts, "leaked": len(os.listdir("/proc/self/fd")) - before}  # noqa: PTH208
-
-
-def child(case: dict[str, Any], out: int, err: int) -> None:
-    os.dup2(err, 2)
-    if case["log"]:
-        os.dup2(os.open(case["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), LOG)
-    signal.alarm(60)
-    facts = answer(case, lambda generation: os.write(out, f"{generation}\n".encode()) and None)
-    os.write(out, json.dumps(facts).encode() + b"\n")
-    ctypes.CDLL(None)._exit(0)
-
-
-def zygote() -> None:
-    for text in sys.stdin:
-        out, err = os.memfd_create("out"), os.memfd_create("err")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(json.loads(text), out, err)
-            finally:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-                os._exit(1)
-        status = os.waitpid(pid, 0)[1]
-        said, told = (os.pread(fd, 1 << 24, 0).decode() for fd in (out, err))
-        os.close(out)
-        os.close(err)
-        lines = said.splitlines()
-        facts = json.loads(lines.pop()) if lines and lines[-1].startswith("{") else {}
-        if not facts:
-            killed = os.WIFSIGNALED(status)
-            facts = {"result": signal.Signals(os.WTERMSIG(status)).name if killed else f"exit {status}"}
-        print(json.dumps({**facts, "committed": max(map(int, lines), default=0), "told": told}), flush=True)
 
 
 # ---- The tests' side ---------------------------------------------------------------------------------------------
@@ -354,37 +320,16 @@ class Ended:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Program:
+class Program(ForkServer):
     """This file as a program, asked one case after the other."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("nf_engine")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        self.path = str(Path(spec.submodule_search_locations[0]).parent)
-        env = {name: value for name, value in os.environ.items() if not name.startswith("NF_") and name != "RANK"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**env, "PYTHONPATH": self.path},
-        )  # fmt: skip
+        super().__init__(__file__)
 
     def __call__(self, folder: Path, fault: str = "", *more: Any, scene: str = "play", log: str = "") -> Ended:
-        env = {"NF_FAULT": fault, "NF_TESTING": "1"} if fault else {}
-        env |= {"NF_FAULT_LOG": str(LOG), "NF_TESTING": "1"} if log else {}
-        case = {"scene": scene, "folder": str(folder), "env": env, "log": log, "more": more}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        facts = json.loads(self.process.stdout.readline())
-        return Ended(facts.pop("result"), facts.pop("committed"), facts.pop("told"), facts)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
+        facts = self.ask(fault, log, scene=scene, folder=str(folder), more=more)
+        committed = max(map(int, facts.pop("said")), default=0)
+        return Ended(facts.pop("result"), committed, facts.pop("told"), facts)
 
 
 def programs() -> Iterator[Program]:
@@ -400,4 +345,4 @@ if __name__ == "__main__":
     else:
         for name in ("datetime", "logging", "platform", "secrets", "shutil", "nf_engine.manifest"):
             importlib.import_module(name)  # what each child would load anyway, but for the module that is under test
-        zygote()
+        serve(answer)

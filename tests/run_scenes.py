@@ -1,23 +1,20 @@
 """Small whole runs in processes of their own: what the tests of kills, signals and faults let happen to a training.
 
-`Program` starts this file, which has torch loaded and forks once a case; the child loads nf_engine._cache, which reads
-its faults from the environment at that time. A case is killed or signalled from outside, or ends by a fault within; a
-run takes a quarter of a second. Nothing is profiled: the plan is written here.
+`Program` starts this file, which has torch loaded and forks once a case (fork_server.py); the child loads
+nf_engine._cache, which reads its faults from the environment at that time. A case is killed or signalled from outside,
+or ends by a fault within; a run takes a quarter of a second. Nothing is profiled: the plan is written here.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.util
 import itertools
 import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -26,10 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fork_server import ForkServer, serve
+
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL
 }  # fmt: skip
-LOG = 9  # descriptor of NF_FAULT_LOG in the child
 FIXED = {"LOCK", "log.jsonl", "MANIFEST.json", "MANIFEST.prev.json"}
 HELD, SIDE = 20, 8
 CHANNELS = (3, 8, 8, 8, 8, 8, 8)
@@ -197,7 +195,6 @@ def held() -> dict[str, Any]:
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """One case in this process, which loads the module with its faults here. What came of it."""
-    os.environ.update(case["env"])
     load_faulty_module()
     engine = importlib.import_module("nf_engine.engine")
     from nf_engine.errors import NFError
@@ -227,64 +224,33 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "left": {name: [before[name], after[name]] for name in before if before[name] != after[name]}}
 
 
-def child(case: dict[str, Any], out: int, err: int) -> None:
-    os.dup2(err, 2)
-    if case["log"]:
-        os.dup2(os.open(case["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), LOG)
+def answer(case: dict[str, Any], _: int) -> dict[str, Any]:
+    """`run`, with signals as in a program that a shell has started."""
     for number, handler in DEFAULTS.items():  # whoever started this may have had them ignored
         signal.signal(number, handler)
-    signal.alarm(60)
     try:
-        facts = run(case)
+        return run(case)
     except KeyboardInterrupt:  # as the interpreter itself ends
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    os.write(out, json.dumps(facts).encode())
-    ctypes.CDLL(None)._exit(0)
+        raise
 
 
-def deliver(pid: int, ready: int, signals: Sequence[tuple[float, int]]) -> float:
+def deliver(case: dict[str, Any], pid: int, ready: int) -> dict[str, float]:
     """Sends signals, each so many seconds after the one before; the first after the start of the training. Seconds
     from the first one to the end of the process."""
     if not os.read(ready, 1):
-        return 0.0
+        return {"seconds": 0.0}
     end = os.pidfd_open(pid)
     sent = 0.0
-    for delay, number in signals:
+    for delay, number in case["signals"]:
         if select.select([end], [], [], delay)[0]:
             break
         sent = sent or time.monotonic()
         signal.pidfd_send_signal(end, number)
     select.select([end], [], [])
     os.close(end)
-    return time.monotonic() - sent if sent else 0.0
-
-
-def zygote() -> None:
-    """Forks a child for each line of standard input, and answers with what came of it."""
-    for text in sys.stdin:
-        case = json.loads(text)
-        out, err = os.memfd_create("out"), os.memfd_create("err")
-        ready, case["ready"] = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(case, out, err)
-            finally:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-                os._exit(1)
-        os.close(case["ready"])
-        seconds = deliver(pid, ready, case["signals"])
-        status = os.waitpid(pid, 0)[1]
-        said, told = (os.pread(fd, 1 << 24, 0).decode() for fd in (out, err))
-        for fd in (out, err, ready):
-            os.close(fd)
-        facts = json.loads(said) if said else {}
-        if os.WIFSIGNALED(status):
-            facts = {"result": signal.Signals(os.WTERMSIG(status)).name}
-        elif status or not facts:
-            facts = {"result": f"exit {status}"}
-        print(json.dumps({**facts, "seconds": seconds, "told": told}), flush=True)
+    return {"seconds": time.monotonic() - sent if sent else 0.0}
 
 
 STAND_IN = types.ModuleType("nf_engine._cache")
@@ -303,7 +269,7 @@ def load() -> None:
     sys.modules[STAND_IN.__name__] = STAND_IN
     nf_engine._cache = STAND_IN  # type: ignore[attr-defined]
     importlib.import_module("nf_engine.engine")
-    from nf_engine.profiler import flops_of
+    from nf_engine.instruments import flops_of
     from nf_engine.stages import split
 
     cut = split(network(1, 4), (3, SIDE, SIDE), split_points=("features.0",))
@@ -401,18 +367,11 @@ class Ended:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Program:
+class Program(ForkServer):
     """This file as a program, asked one case after the other."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("nf_engine")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        env = {name: value for name, value in os.environ.items() if not name.startswith("NF_") and name != "RANK"}
-        env |= {"PYTHONPATH": str(Path(spec.submodule_search_locations[0]).parent), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+        super().__init__(__file__, OMP_NUM_THREADS="1")
 
     def __call__(
         self,
@@ -435,23 +394,12 @@ class Program:
             stop: block, step of all its steps, and number of the signal (SIGTERM) that comes before that step.
             call: further arguments.
         """
-        env = {"NF_TESTING": "1", "NF_FAULT": fault} if fault else {}
-        env |= {"NF_TESTING": "1", "NF_FAULT_LOG": str(LOG)} if log else {}
-        case = {"folder": str(folder), "scene": asdict(scene), "env": env, "log": log, "call": call}
-        case |= {"signals": signals, "begin": begin, "stop": (*stop, signal.SIGTERM)[:3] if stop else None}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        facts = json.loads(self.process.stdout.readline())
+        facts = self.ask(
+            fault, log, folder=str(folder), scene=asdict(scene), call=call, signals=signals, begin=begin,
+            stop=(*stop, signal.SIGTERM)[:3] if stop else None,
+        )  # fmt: skip
+        del facts["said"]
         return Ended(facts.pop("result"), facts.pop("seconds"), facts.pop("told"), facts)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
 
 
 def programs() -> Iterator[Program]:
@@ -463,4 +411,4 @@ def programs() -> Iterator[Program]:
 
 if __name__ == "__main__":
     load()
-    zygote()
+    serve(answer, deliver)
