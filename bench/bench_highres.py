@@ -27,12 +27,13 @@ import nf_engine
 from bench.timing import arguments, check, finish
 from nf_engine.compare import Arm, Peer, train_peer
 from nf_engine.config import TrainConfig, parse_bytes
-from nf_engine.data import ImageData, as_image_data
+from nf_engine.data import ImageData
 from nf_engine.device import capped, pick
 from nf_engine.errors import BudgetError
+from nf_engine.instruments import copies_of
 from nf_engine.models import build
-from nf_engine.profiler import _copies
 from nf_engine.recovery import is_out_of_memory
+from nf_engine.sources import as_image_data
 from nf_engine.stages import split
 
 PEERS = ("backpropagation", "checkpointed")
@@ -74,7 +75,7 @@ def predicted(setting: Setting, arm: str, batch: int, pixels: int) -> int | None
 def fake_peak(setting: Setting, arm: Arm, pixels: int) -> int:
     """Peak of two updates of a peer, on fake tensors."""
     cut = split(setting.network(pixels), (3, pixels, pixels))
-    with _copies([*(s.module for s in cut.stages), cut.classifier], CPU) as (modules, counter):
+    with copies_of([*(s.module for s in cut.stages), cut.classifier], CPU) as (modules, counter):
         stages = tuple(replace(s, module=m) for s, m in zip(cut.stages, modules, strict=False))
         peer = Peer(replace(cut, stages=stages, classifier=modules[-1]), arm, setting.config(arm.batch), CPU)
 

@@ -33,12 +33,13 @@ from bench.bench_heads import in_turn
 from bench.timing import arguments, check, finish
 from nf_engine.config import TrainConfig
 from nf_engine.device import pick, placed
+from nf_engine.instruments import flops_of
 from nf_engine.local_step import Unit, make_optimizer, train_block
 from nf_engine.models import build
 from nf_engine.precision import compute_dtype, forward
-from nf_engine.profiler import flops_of, head_specs, make_head
 from nf_engine.stages import Cut, split
 from nf_engine.step_graph import WARM_UP, CudaRecorder, StepGraph
+from nf_engine.unit_heads import head_specs, make_head
 
 CUT = 4  # stages before it run twice in `recomputed`
 TRACED = 10  # steps

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nf_engine.data import ImageData, fit_to, load_split
+from nf_engine.data import ImageData, fit_to
+from nf_engine.sources import load_split
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

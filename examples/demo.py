@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 import nf_engine
-from nf_engine.data import fit_to, load_split
+from nf_engine.data import fit_to
 from nf_engine.export import export_pt2, save_pretrained
 from nf_engine.models import build
 from nf_engine.records import format_bytes
+from nf_engine.sources import load_split
 
 SHARE = 0.75  # of backpropagation's peak at the same batch; the first of the eight stages alone needs 0.69
 BATCH = 64

@@ -11,8 +11,8 @@ from torch import nn
 
 from nf_engine.config import TrainConfig
 from nf_engine.exits import EarlyExitModel, Scaled, throughput
+from nf_engine.instruments import flops_of
 from nf_engine.preprocess import Normalisation
-from nf_engine.profiler import flops_of
 from nf_engine.records import ExitScore, Plan, UnitPlan
 from nf_engine.stages import Cut
 from nf_engine.worker import Score

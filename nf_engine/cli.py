@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-import tomllib
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,28 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import nf_engine
-from nf_engine.config import TrainConfig
-from nf_engine.errors import ConfigError, DataError, MissingExtraError, NFError
+from nf_engine.errors import ConfigError, NFError
 from nf_engine.records import format_bytes
+from nf_engine.settings import settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from nf_engine.data import ImageData
     from nf_engine.engine import TrainResult
-    from nf_engine.exits import EarlyExitModel, EvalResult
+    from nf_engine.exits import EvalResult
 
-FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
-NOT_CONFIG = (
-    "NF_DATA",
-    "NF_TESTING",
-    "NF_FAULT",
-    "NF_LIBCUDA",
-    "NF_DEBUG",
-)  # read elsewhere; the starts of their names
-BYTES = {"memory_budget", "max_cache_bytes", "pinned_bytes"}
 INTERRUPTED = 75  # the same command goes on
-SHOWN = 10  # predictions in the text output
 
 app = typer.Typer(
     add_completion=False,
@@ -103,60 +91,6 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
-
-
-def settings(config: Path | None, pairs: Sequence[str], flags: dict[str, Any]) -> TrainConfig:
-    """The configuration of a command: flags before --set before NF_<NAME> before the file before the defaults.
-
-    Args:
-        config: TOML file.
-        pairs: NAME=VALUE texts; values are TOML, bare words are text.
-        flags: parameters of the command; those that are settings and not None count.
-
-    Raises:
-        ConfigError: a name is unknown (the closest one is named) or a value is refused.
-    """
-    base = TrainConfig() if config is None else TrainConfig.load(config)
-    chosen = {name: value for name, value in flags.items() if name in FIELDS and value is not None}
-    for name in ("memory_budget", "batch_size"):  # numbers or text
-        if name in chosen:
-            chosen[name] = _value(name, chosen[name])
-    return base.with_fields(_from_environment() | dict(map(_pair, pairs)) | chosen)
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign:
-        raise ConfigError(f"--set expects NAME=VALUE, got {text!r}")
-    name = name.strip().replace("-", "_")
-    return name, _value(name, value.strip())
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    value = parsed["value"] if len(parsed) == 1 else text
-    if name in BYTES and isinstance(value, float) and not 0 < value <= 1:
-        return text  # 700e6 are bytes; as a float it would be a share, and refused
-    return value
-
-
-def _from_environment() -> dict[str, Any]:
-    found = {}
-    for variable, text in os.environ.items():
-        if variable.startswith("NF_") and not variable.startswith(NOT_CONFIG):
-            name = variable.removeprefix("NF_").lower()
-            try:
-                TrainConfig().with_fields({name: _value(name, text)})
-            except ConfigError as error:
-                raise ConfigError(f"environment variable {variable}={text}: {error}") from None
-            found[name] = _value(name, text)
-    return found
-
-
 def _needed(value: str | None, option: str) -> str:
     if value is None:
         raise ConfigError(f"{option} is missing; see nf-engine COMMAND --help")
@@ -215,7 +149,8 @@ def train(
         return
     name, spec = _needed(model, "--model"), _needed(data, "--data")
     from nf_engine import engine
-    from nf_engine.data import fit_to, load_split
+    from nf_engine.data import fit_to
+    from nf_engine.sources import load_split
 
     training, test = map(_for_network, load_split(spec))
     assert training is not None
@@ -374,6 +309,7 @@ def export(
         raise ConfigError(f"--format must be safetensors or pt2, got {format!r}")
     number = _exit_number(exit)
     from nf_engine import export as exporter
+    from nf_engine.predictions import difference
 
     model = exporter.load(run, exit=number)
     whole = run.resolve()
@@ -387,7 +323,7 @@ def export(
         "format": format,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(f.stat().st_size for f in (written.iterdir() if written.is_dir() else [written])),
-        "max_difference": None if no_verify else _difference(model, written),
+        "max_difference": None if no_verify else difference(model, written),
     }
     print(json.dumps(facts) if as_json else _export_text(facts))
 
@@ -398,21 +334,6 @@ def _exit_number(text: str) -> Any:
     if not text.removeprefix("-").isdecimal():
         raise ConfigError(f"--exit must be best or a number, got {text!r}")
     return int(text)
-
-
-def _difference(model: EarlyExitModel, written: Path) -> float:
-    """The largest difference of the logits of the model and of its copy on disk, over random images."""
-    import torch
-
-    from nf_engine import export as exporter
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (4, *model.facts["input_shape"]), generator=generator, dtype=torch.uint8)
-    if model.facts["input_dtype"] != "uint8":
-        images = images / 255
-    copy = exporter.load(written) if written.is_dir() else torch.export.load(written).module()
-    with torch.no_grad():
-        return float((copy(images) - model(images)).abs().max())
 
 
 def _export_text(facts: dict[str, Any]) -> str:
@@ -437,70 +358,15 @@ def classify(
     if bool(images) == (data is not None):
         raise ConfigError("give image files or --data, one of the two")
     from nf_engine.export import load
+    from nf_engine.predictions import classify_files, classify_split
 
     loaded = load(model, exit="best" if policy == "best" else "all")
     policy = "fixed:-1" if policy == "best" else policy
     if images:
-        found = _classify_files(loaded, images[:limit], policy)
+        found = classify_files(loaded, images[:limit], policy)
     else:
-        found = _classify_split(loaded, str(data), limit, policy)
+        found = classify_split(loaded, str(data), limit, policy)
     print(json.dumps(found) if as_json else _classify_text(found))
-
-
-def _predictions(model: EarlyExitModel, images: Tensor, names: Sequence[object], policy: str) -> list[dict[str, Any]]:
-    result = model.predict(images, policy=policy)
-    top = result.probabilities.amax(1).tolist()
-    rows = zip(names, result.labels.tolist(), top, result.exits.tolist(), strict=True)
-    return [{"image": i, "prediction": k, "probability": p, "exit": e} for i, k, p, e in rows]
-
-
-def _classify_files(model: EarlyExitModel, files: Sequence[Path], policy: str) -> dict[str, Any]:
-    import torch
-
-    if model.facts["input_dtype"] != "uint8":
-        raise DataError(
-            "the model was trained on float images, files hold bytes; scale them and call predict() in Python"
-        )
-    batch = torch.stack([_read_image(file, model.facts["input_shape"]) for file in files])
-    return {"predictions": _predictions(model, batch, [str(f) for f in files], policy)}
-
-
-def _read_image(file: Path, shape: Sequence[int]) -> Tensor:
-    """One file as (C, H, W) uint8, resized to the model's input."""
-    import numpy as np
-    import torch
-
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("reading image files needs Pillow; install nf-engine[images]") from None
-    channels, height, width = shape
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB").resize((width, height)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: expected an image that Pillow reads, found {error}") from None
-    return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
-
-
-def _classify_split(model: EarlyExitModel, spec: str, limit: int | None, policy: str) -> dict[str, Any]:
-    import torch
-
-    from nf_engine.data import fit_to, load_split
-    from nf_engine.exits import evaluate
-
-    training, test = load_split(spec)
-    channels, _, width = model.facts["input_shape"]
-    data = fit_to(training if test is None else test, size=width, channels=channels)
-    data = data.subset(torch.arange(min(limit or len(data), len(data))))
-    result = evaluate(model, data, policy=policy)
-    first, labels = data.batch(torch.arange(min(SHOWN, len(data))))
-    rows = _predictions(model, first, range(len(first)), policy)
-    return {
-        "split": "train" if test is None else "test",
-        **dataclasses.asdict(result),
-        "predictions": [{**row, "label": label} for row, label in zip(rows, labels.tolist(), strict=True)],
-    }
 
 
 def _classify_text(found: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def recover(run: Path) -> str:
-    """Goes one commit back in a run folder; returns what to do next. Raises as run_folder.go_back."""
+    """Goes one commit back in a run folder; returns what to do next. Raises as committed.go_back."""
     position = go_back(run).position
     return (
         f"{run}: now at block {position.block + 1}, epoch {position.epoch}, step {position.step}; "

@@ -21,7 +21,7 @@ from nf_engine.assembly import assemble, exit_scores, model_facts
 from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.controller import Controller
-from nf_engine.data import ImageData, as_image_data, stratified_split
+from nf_engine.data import ImageData, stratified_split
 from nf_engine.device import budget_bytes, capped, deterministic, pick
 from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataError, NFError, ResumeMismatchError
 from nf_engine.exits import EarlyExitModel, exits_table, select_exit
@@ -33,13 +33,15 @@ from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import BATCHES, make_head
+from nf_engine.profiler import BATCHES
 from nf_engine.progress import make_observer
 from nf_engine.records import ExitScore, ExitTable, Plan, Profile, format_bytes
 from nf_engine.recovery import asked_bytes, device_lost, is_out_of_memory
 from nf_engine.resume import check_plan, check_resume, config_sha256, environment
 from nf_engine.run_folder import NewFile, RunFolder, default_path
+from nf_engine.sources import as_image_data
 from nf_engine.stages import Cut, split
+from nf_engine.unit_heads import make_head
 from nf_engine.worker import Score
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nf_engine.data import as_image_data
 from nf_engine.errors import ConfigError
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import ExitScore
+from nf_engine.sources import as_image_data
 
 
 class Prediction(NamedTuple):

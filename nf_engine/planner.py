@@ -19,14 +19,9 @@ from nf_engine.costs import Costs, Span
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.heads import WIDEST
 from nf_engine.partitioner import TARGET_BATCH, forward_batch, partition
+from nf_engine.peaks import block_peak, profile_unit
 from nf_engine.preprocess import Preprocess
-from nf_engine.profiler import (
-    BATCHES,
-    block_peak,
-    fetch_seconds,
-    profile_stages,
-    profile_unit,
-)
+from nf_engine.profiler import BATCHES, profile_stages
 from nf_engine.records import (
     IMAGE_SLOTS,
     BlockPlan,
@@ -39,6 +34,7 @@ from nf_engine.records import (
     format_bytes,
     image_bytes,
 )
+from nf_engine.seconds import fetch_seconds
 from nf_engine.stages import Cut
 from nf_engine.tier_probe import PROBE_SECONDS, probe_tiers
 from nf_engine.tiers import choose_tier

@@ -20,8 +20,8 @@ import torch
 from nf_engine.cache_format import CacheRecord
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.device import LAYOUT, free_ram
-from nf_engine.profiler import seconds_of
 from nf_engine.records import TierProbe, stored_bytes
+from nf_engine.seconds import seconds_of
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions
 
 PROBE_BYTES = 256 * 2**20  # most bytes of a file that a probe writes

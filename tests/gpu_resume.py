@@ -18,9 +18,9 @@ import torch
 
 import nf_engine
 from nf_engine import engine, worker
-from nf_engine.data import load_split
 from nf_engine.interrupt import Interrupt
 from nf_engine.models import build
+from nf_engine.sources import load_split
 
 STEPS = 7  # between two cuts: past the warm-up of a CUDA graph, and no divisor of an epoch
 

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "precision": set(),
     "datafiles": set(),
     "preprocess": set(),
-    "data": {"datafiles", "preprocess"},
+    "data": {"preprocess"},
+    "sources": {"data", "datafiles", "preprocess"},
     "feed": {"data"},
     "models": set(),
     "tracing": set(),
@@ -37,6 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "fused": {"kernels", "reference"},
     "ops": {"fused", "reference"},
     "heads": {"ops", "reference"},
+    "instruments": set(),
+    "unit_heads": {"heads", "instruments", "stages"},
+    "seconds": {"instruments", "preprocess", "stages", "unit_heads"},
     "recompute": set(),
     "local_step": {"heads", "ops", "recompute"},
     "tiers": set(),
@@ -56,9 +60,13 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"local_step"},
     "recovery": set(),
     "worker": {"codec", "data", "feed", "local_step", "preprocess", "step_graph", "storage"},
-    "profiler": {"codec", "heads", "local_step", "ops", "partitioner", "preprocess", "stages", "storage", "worker"},
-    "tier_probe": {"cache_format", "profiler", "storage"},
-    "planner": {"costs", "heads", "partitioner", "preprocess", "profiler", "stages", "tier_probe", "tiers", "worker"},
+    "profiler": {"heads", "instruments", "local_step", "ops", "preprocess", "seconds", "stages", "unit_heads"},
+    "peaks": {"codec", "instruments", "local_step", "preprocess", "stages", "unit_heads", "worker"},
+    "tier_probe": {"cache_format", "seconds", "storage"},
+    "planner": {
+        *("costs", "heads", "partitioner", "peaks", "preprocess", "profiler", "seconds", "stages", "tier_probe"),
+        "tiers",
+    },
     "job": {
         *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "run_folder", "stages", "worker"),
     },
@@ -73,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "resume": {"manifest", "run_folder", "stages"},
     "progress": set(),
-    "exits": {"data", "preprocess"},
+    "exits": {"preprocess", "sources"},
     "export": {
         *("checkpoint", "committed", "exits", "folder_files", "heads", "manifest", "models", "preprocess", "stages"),
     },
@@ -88,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
         "step_graph",
         "worker",
     },
-    "assembly": {"exits", "models", "preprocess", "profiler", "stages", "worker"},
+    "assembly": {"exits", "instruments", "models", "preprocess", "stages", "worker"},
     "engine": {
         *(
             "__init__",
@@ -103,10 +111,14 @@ ALLOWED: dict[str, set[str]] = {
             "models",
         ),
         *("partitioner", "planner", "preprocess", "profiler", "progress", "recovery", "resume", "run_folder"),
-        *("stages", "worker"),
+        *("sources", "stages", "unit_heads", "worker"),
     },
+    "settings": set(),
+    "predictions": {"data", "exits", "export", "sources"},
     "doctor": {"__init__", "committed", "ops", "storage"},
-    "cli": {"__init__", "data", "doctor", "engine", "exits", "export", "models"},
+    "cli": {
+        *("__init__", "data", "doctor", "engine", "exits", "export", "models", "predictions", "settings", "sources"),
+    },
     "__main__": {"cli"},
     "__init__": set(),  # loads engine, exits and export by name, at first use
 }
@@ -118,7 +130,7 @@ COMMON_IN_COMMON = {
     "precision": {"config"},
 }
 NO_TORCH = ("errors", "config", "records", "tiers", "costs", "partitioner", "cli", "__init__", "__main__", "datafiles",
-            "progress")  # fmt: skip
+            "progress", "settings")  # fmt: skip
 CODE_IN_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "ctypes", "pydoc", "cPickle"}
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "torch.hub.load", "os.system"}
 RUNS_CODE |= {"os.popen", "os.execv", "os.execve", "os.spawnv", "torch.package.PackageImporter", "np.fromregex"}
@@ -338,4 +350,4 @@ def test_programs_of_torch_export_are_read_only_to_check_what_was_just_written()
         for module, tree in TREES.items()
         if any(isinstance(n, ast.Attribute) and dotted(n) == "torch.export.load" for n in ast.walk(tree))
     }
-    assert readers == {"cli", "export"}
+    assert readers == {"export", "predictions"}

@@ -13,8 +13,8 @@ from bench import bench_peers, peer_runs, plots
 from bench.bench_peers import Case, Times
 from bench.peer_runs import Curve, Recipe, Workload, smaller, steady
 from nf_engine.compare import Arm
-from nf_engine.data import load_split
 from nf_engine.exits import evaluate
+from nf_engine.sources import load_split
 
 RECIPE = Recipe("cpu", 64, 20, 2, 128, 0.1, 0.125, "32-true")
 CPU = torch.device("cpu")

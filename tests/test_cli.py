@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,8 +15,8 @@ import torch
 
 import nf_engine
 from nf_engine import cli, engine, errors
-from nf_engine.data import load_split
 from nf_engine.records import Plan, Profile
+from nf_engine.sources import load_split
 
 ROOT = Path(__file__).parents[1]
 EXIT_CODES = {  # the one table of exit codes
@@ -261,7 +262,13 @@ def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path):
 
 
 def test_variables_that_others_read_are_no_settings(monkeypatch):
-    for name in ("NF_DATA_CIFAR10", "NF_TESTING", "NF_FAULT_WRITE", "NF_LIBCUDA", "NF_DEBUG"):
+    """All that the package and its C++ ask the environment for, and one with a suffix of the user's."""
+    root = Path(cli.__file__).parents[1]
+    asked = r'(?:environ\.get|getenv)\(\s*"(NF_[A-Z_]+)"'
+    files = [*root.glob("nf_engine/*.py"), *root.glob("csrc/[!t]*/*.cpp")]
+    found = {name for file in files for name in re.findall(asked, file.read_text())}
+    assert {"NF_GRAPHS", "NF_KERNELS", "NF_TESTING", "NF_LIBCUDA", "NF_DEBUG_POISON"} <= found
+    for name in (*found, "NF_FAULT_COUNT", "NF_DATA_CIFAR10"):
         monkeypatch.setenv(name, "anything")
     config_of()
 

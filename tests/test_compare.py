@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from nf_engine import compare
 from nf_engine.compare import LOCAL_FILTERS, Arm, _from_host, _local_head, _to_host, largest_batch, train_peer
 from nf_engine.config import TrainConfig
-from nf_engine.data import as_image_data
 from nf_engine.device import TensorBytes
 from nf_engine.models import build
 from nf_engine.preprocess import Preprocess
+from nf_engine.sources import as_image_data
 from nf_engine.stages import split
 from nf_engine.worker import learning_rate, pass_key
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from nf_engine.data import ImageData, as_image_data, fit_to, load_split, stratified_split
+from nf_engine.data import ImageData, fit_to, stratified_split
 from nf_engine.errors import ConfigError, DataError, MissingExtraError
 from nf_engine.preprocess import Normalisation, Preprocess, counter_hash
+from nf_engine.sources import as_image_data, load_split
 
 RNG = np.random.default_rng(7)
 

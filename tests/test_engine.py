@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import nf_engine
 from nf_engine.config import TrainConfig
-from nf_engine.data import load_split
 from nf_engine.device import TensorBytes
 from nf_engine.engine import profile
 from nf_engine.errors import (
@@ -28,6 +27,7 @@ from nf_engine.errors import (
 from nf_engine.exits import evaluate
 from nf_engine.models import build
 from nf_engine.records import Plan, TierProbe
+from nf_engine.sources import load_split
 
 QUIET = {"progress": "none", "device": "cpu"}
 

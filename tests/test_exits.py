@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nf_engine.data import as_image_data
 from nf_engine.errors import ConfigError
 from nf_engine.exits import EarlyExitModel, Scaled, evaluate, exits_table, select_exit
 from nf_engine.preprocess import Normalisation
 from nf_engine.records import ExitScore
+from nf_engine.sources import as_image_data
 
 K = 5
 MEAN, STD = (100.0, 120.0, 90.0), (50.0, 60.0, 55.0)

@@ -16,18 +16,20 @@ import nf_engine
 from nf_engine import chain, job, local_step
 from nf_engine.config import TrainConfig
 from nf_engine.costs import Costs, Span
-from nf_engine.data import as_image_data, fit_to, load_split
+from nf_engine.data import fit_to
 from nf_engine.device import TensorBytes, placed
 from nf_engine.engine import Planner
 from nf_engine.feed import Gathered, Prefetched, Resident, feed_to
 from nf_engine.local_step import Unit, train_block
 from nf_engine.models import build
+from nf_engine.peaks import block_peak
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import block_peak, make_head
 from nf_engine.records import image_bytes
+from nf_engine.sources import as_image_data, load_split
 from nf_engine.stages import split
 from nf_engine.storage import CacheGeometry
+from nf_engine.unit_heads import make_head
 from nf_engine.worker import ImageInputs
 
 CPU = torch.device("cpu")

@@ -17,7 +17,6 @@ from torch import nn
 
 import nf_engine
 from nf_engine.config import TrainConfig
-from nf_engine.data import as_image_data, load_split
 from nf_engine.device import capped, placed, room_bytes
 from nf_engine.errors import NonFiniteError
 from nf_engine.feed import Gathered, Prefetched, Resident, feed_to
@@ -28,6 +27,7 @@ from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.records import HeadSpec
 from nf_engine.recovery import asked_bytes
+from nf_engine.sources import as_image_data, load_split
 from nf_engine.step_graph import WARM_UP, CudaRecorder, StepGraph
 from nf_engine.storage import ActivationCache, CacheGeometry, EngineOptions, cuda_status, engine_report, sample_order
 from nf_engine.worker import ImageInputs

@@ -13,7 +13,6 @@ pytest.importorskip("triton", reason="the kernels need Triton: pip install 'nf-e
 import nf_engine
 from nf_engine import fused, ops
 from nf_engine.config import TrainConfig
-from nf_engine.data import load_split
 from nf_engine.heads import AuxiliaryHead, head_bytes
 from nf_engine.kernels import linear_ce, norm_relu, tiles
 from nf_engine.kernels.norm_relu import norm_relu_backward_, norm_relu_forward
@@ -22,6 +21,7 @@ from nf_engine.local_step import Unit, local_step, make_optimizer
 from nf_engine.models import build
 from nf_engine.ops import IGNORE_INDEX
 from nf_engine.records import HeadSpec
+from nf_engine.sources import load_split
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,14 +13,15 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 import nf_engine
 from nf_engine.config import TrainConfig
 from nf_engine.costs import Costs, Span
-from nf_engine.data import load_split
 from nf_engine.heads import AuxiliaryHead, ModuleHead, head_bytes
 from nf_engine.local_step import Unit, local_step, make_optimizer
 from nf_engine.models import build
+from nf_engine.peaks import profile_unit
 from nf_engine.precision import autocast_like, compute_dtype, forward
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import profile_stages, profile_unit
+from nf_engine.profiler import profile_stages
 from nf_engine.records import HeadSpec, UnitPlan
+from nf_engine.sources import load_split
 from nf_engine.stages import split
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

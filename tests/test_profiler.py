@@ -17,10 +17,12 @@ from nf_engine.config import TrainConfig
 from nf_engine.costs import Costs, Span
 from nf_engine.device import TensorBytes, free_ram
 from nf_engine.errors import BudgetError, InfeasibleBudgetError
+from nf_engine.instruments import fit, fit_bytes, flops_of
 from nf_engine.models import build
+from nf_engine.peaks import profile_unit
 from nf_engine.planner import Planner
 from nf_engine.preprocess import Normalisation, Preprocess
-from nf_engine.profiler import fit, fit_bytes, flops_of, profile_stages, profile_unit
+from nf_engine.profiler import profile_stages
 from nf_engine.records import HeadSpec, Line, Plan, TierProbe, UnitPlan
 from nf_engine.stages import split
 from nf_engine.tier_probe import probe_tiers

@@ -15,12 +15,12 @@ import nf_engine
 from nf_engine import local_step as steps
 from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.committed import read_run
-from nf_engine.data import load_split
 from nf_engine.errors import BudgetExceededError
 from nf_engine.models import build
 from nf_engine.partitioner import scaled_lr
 from nf_engine.records import Plan
 from nf_engine.recovery import asked_bytes, is_out_of_memory
+from nf_engine.sources import load_split
 
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1.00 GiB of which ..."
 FIELDS = {

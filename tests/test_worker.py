@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from nf_engine.config import TrainConfig
-from nf_engine.data import as_image_data
 from nf_engine.errors import NonFiniteError
 from nf_engine.heads import AuxiliaryHead, ModuleHead
 from nf_engine.local_step import Unit, local_step, make_optimizer, train_block
 from nf_engine.models import build
 from nf_engine.preprocess import Normalisation, Preprocess
 from nf_engine.records import BlockPlan, CachePlan, HeadSpec
+from nf_engine.sources import as_image_data
 from nf_engine.stages import split
 from nf_engine.storage import ActivationCache, CacheGeometry
 from nf_engine.worker import (
