@@ -176,6 +176,7 @@ MUTANTS = [
         CACHES,
         ("digest of a cache", "table_sha256=entries[prefix].sha256", 'table_sha256=""'),
         ("a cache that is gone", '!= "disk" or len(entries) < 2:', '!= "disk":'),
+        ("rows computed again", "                self._check_rows(number, prefix, opened[-1])\n", ""),
         ("a cache that cannot be opened", "except (CacheError, StorageError) as error:", "except CacheError as error:"),
     ),
     *of(

@@ -195,6 +195,31 @@ def caches_written(folder, number):
     return sum(e["name"][1:4] == f"{number:03d}" for e in events(folder, "cache_written"))
 
 
+@pytest.mark.parametrize(("steps", "number"), [(IN_BLOCK_1, 1), (IN_BLOCK_2, 2)])
+def test_a_cache_that_other_code_has_made_is_made_again(tmp_path, began, monkeypatch, figure, steps, number):
+    """The modules and their settings read the same; only what they compute is another thing."""
+    folder = shutil.copytree(began[steps], tmp_path / "run")
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda _, x: torch.nn.functional.leaky_relu(x, 0.3))
+    assert go(folder).status == "completed"
+    (told,) = events(folder, "cache_refused")
+    assert told["number"] == number
+    assert "rows differ by" in told["reason"]
+    assert caches_written(folder, number) == 4, "by the first call, and again"
+    figure("P15", "whole runs with caches of other code: refused, made again", 1, 1)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("stored", ["fp16", "bf16", "u8"])
+def test_no_rounding_makes_a_cache_stale(tmp_path, precision, stored, augment):
+    plan = replace(PLAN, precision=precision)
+    blocks = tuple(replace(b, cache=replace(b.cache, dtype=stored)) for b in plan.blocks)
+    given = {"plan": replace(plan, blocks=blocks), "precision": precision, "cache_dtype": stored, "augment": augment}
+    folder = cut_run(tmp_path / "run", IN_BLOCK_2, **given)
+    assert go(folder, **given).status == "completed"
+    assert events(folder, "cache_refused") == []
+
+
 # ---- The same cache elsewhere ------------------------------------------------------------------------------------
 
 
