@@ -87,6 +87,8 @@ class TrainConfig:
         max_drop: the exit chosen is the smallest whose held-out accuracy is within max_drop of the best exit's.
         seed: of weights of heads, order and augmentation; data order and augmentation are functions of it alone.
         checkpoint_minutes: between two commits inside a block; one is always made at its end. 0: after every step.
+        compile: a GPU trains through torch.compile, stage by stage; plans are measured without it, blocks are rehearsed
+            with it. Refused on a CPU, where the bytes of compiled code cannot be counted.
         deterministic: a GPU computes the same bits in every run, more slowly; a CPU always does.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         precision: "32-true"; or autocast of maps and products to 16 bits: "bf16-mixed", or "16-mixed" (float16), where
@@ -128,6 +130,7 @@ class TrainConfig:
     max_drop: float = 0.01
     seed: int = 0
     checkpoint_minutes: float = 10.0
+    compile: bool = False
     deterministic: bool = False
     device: str = "auto"
     precision: str = "32-true"
@@ -154,7 +157,7 @@ class TrainConfig:
         if self.max_cache_bytes is not None:
             parse_bytes(self.max_cache_bytes, "max_cache_bytes")
         parse_bytes(self.pinned_bytes, "pinned_bytes")
-        for name in ("recompute", "durable_cache", "deterministic"):
+        for name in ("recompute", "durable_cache", "compile", "deterministic"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         points = self.split_points

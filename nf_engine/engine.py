@@ -9,26 +9,37 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import nf_engine
 from nf_engine.assembly import assemble, exit_scores, model_facts
 from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.config import TrainConfig, parse_bytes
 from nf_engine.controller import Controller
-from nf_engine.data import ImageData, stratified_split
+from nf_engine.data import ImageData
 from nf_engine.device import budget_bytes, capped, deterministic, pick
-from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, DataError, NFError, ResumeMismatchError
+from nf_engine.errors import BudgetError, ConfigError, CorruptFileError, NFError, ResumeMismatchError
 from nf_engine.exits import EarlyExitModel, exits_table, select_exit
+from nf_engine.given import (
+    check_classes,
+    check_device,
+    check_made_for,
+    given_plan,
+    name_of,
+    named_model,
+    sample_shape,
+    settle,
+    split_data,
+    uint8,
+)
 from nf_engine.interrupt import Interrupt, Stopped
 from nf_engine.job import BlockMemory, Job, Observer, initial_parts
 from nf_engine.manifest import MANIFEST, digest_of
-from nf_engine.models import ModelSpec, build
 from nf_engine.partitioner import partition
 from nf_engine.planner import Planner
 from nf_engine.precision import compute_dtype
@@ -39,7 +50,6 @@ from nf_engine.records import ExitScore, ExitTable, Plan, Profile, format_bytes
 from nf_engine.recovery import asked_bytes, device_lost, is_out_of_memory
 from nf_engine.resume import check_plan, check_resume, config_sha256, environment
 from nf_engine.run_folder import NewFile, RunFolder, default_path
-from nf_engine.sources import as_image_data
 from nf_engine.stages import Cut, split
 from nf_engine.unit_heads import make_head
 from nf_engine.worker import Score
@@ -126,13 +136,14 @@ def train(
     """
     settings = settle(config, fields)
     observer = make_observer(progress)
-    data, held_out = _data(train_data, val_data, settings)
+    data, held_out = split_data(train_data, val_data, settings)
     network = named_model(model, data.shape, data.classes, settings.seed)
     network_name = name_of(network)
     device = pick(settings.device)
+    check_device(settings, device)
     started = time.perf_counter()
     cut = split(network, data.shape, split_points=settings.split_points)
-    _check_classes(cut, data)
+    check_classes(cut, data)
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f"resume must be auto, must or never, got {resume!r}")
     train_images = Preprocess(data.normalisation, settings.augment, settings.seed, compute_dtype(settings))
@@ -152,7 +163,7 @@ def train(
                 made, profiled = _planned(cut, settings, train_images, data, device, network_name, place)
                 new.append(NewFile("profile", profiled.to_json().encode()))
             else:
-                made = _given(plan, cut, settings, len(data), device)
+                made = given_plan(plan, cut, settings, len(data), device)
             heads = [make_head(cut, u.head, u.last, settings) for u in made.units]
             initial = to_bytes(state_of(initial_parts(cut, heads)), {"format": "nf-initial/1"})
             new += [NewFile("plan", made.to_json().encode()), NewFile("initial", initial)]
@@ -163,7 +174,7 @@ def train(
             inexact = check_resume(folder, settings, cut, digest, env, allow_inexact=allow_inexact_resume)
             made, heads = _resumed(folder, cut, settings)
             if plan is not None:
-                check_plan(folder, made, _given(plan, cut, settings, len(data), device))
+                check_plan(folder, made, given_plan(plan, cut, settings, len(data), device))
             _tell_resumed(folder, observer, made, inexact)
         job = Job(
             cut=cut,
@@ -355,7 +366,7 @@ def plan(
     together = total is None and settings.device != "cuda" and pick(settings.device).type == "cpu"
     budget = budget_bytes(settings, torch.device("cpu"), total)
     if profile is not None:
-        _check_made_for(profile, settings, ("optimizer", "augment", "precision"))
+        check_made_for(profile, settings, ("optimizer", "augment", "precision"))
         return partition(profile, settings, budget=budget, samples=samples, together=together)
     planner = _planner(model, sample, settings, None, samples, classes, together=together)
     return planner.plan(budget)
@@ -386,41 +397,6 @@ def profile(
     return planner.profile
 
 
-def settle(config: TrainConfig | str | Path | None, fields: dict[str, Any]) -> TrainConfig:
-    """The configuration of a call: an object or a TOML file, with single fields replaced."""
-    base = (
-        config if isinstance(config, TrainConfig) else TrainConfig.load(config) if config is not None else TrainConfig()
-    )
-    return base.with_fields(fields)
-
-
-def named_model(model: nn.Module | str, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
-    """The model given, or the one of that name with weights that are a function of the seed."""
-    if isinstance(model, str):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build(model, classes=classes, input_size=shape[-1], channels=shape[0])
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be an nn.Module or a name, got {type(model).__name__}")
-    return model
-
-
-def name_of(network: nn.Module) -> str:
-    spec = getattr(network, "nf_spec", None)
-    return spec.name if isinstance(spec, ModelSpec) else type(network).__name__
-
-
-def uint8(data: ImageData) -> bool:
-    return data.batch(torch.zeros(1, dtype=torch.int64))[0].dtype == torch.uint8
-
-
-def _sample_shape(sample: Any) -> tuple[int, ...]:
-    shape = tuple(sample.shape) if isinstance(sample, Tensor) else tuple(int(v) for v in sample)
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise ConfigError(f"sample must be an image (C, H, W), a batch of them, or its shape, got shape {shape}")
-    return shape[-3:]
-
-
 def _planner(
     model: nn.Module | str,
     sample: Any,
@@ -431,7 +407,7 @@ def _planner(
     batch_sizes: Sequence[int] = BATCHES,
     together: bool | None = None,
 ) -> Planner:
-    shape = _sample_shape(sample)
+    shape = sample_shape(sample)
     network = named_model(model, shape, classes)
     cut = split(network, shape, split_points=settings.split_points)
     identity = Normalisation((0.0,) * shape[0], (1.0,) * shape[0])
@@ -441,69 +417,4 @@ def _planner(
     )
 
 
-def _data(train_data: Any, val_data: Any, settings: TrainConfig) -> tuple[ImageData, ImageData]:
-    data = as_image_data(train_data)
-    if val_data is not None:
-        held_out = as_image_data(val_data, classes=data.classes)
-        if held_out.shape != data.shape:
-            raise DataError(f"val_data has images {held_out.shape}, train_data {data.shape}; they must be of one shape")
-        return data, held_out
-    kept, held = stratified_split(data.labels, settings.val_fraction, settings.seed)
-    if len(held) == 0 or len(kept) == 0:
-        raise DataError(
-            f"val_fraction {settings.val_fraction} of {len(data)} samples leaves {len(kept)} to train on, {len(held)} "
-            "to choose the exit on; give more data, another val_fraction, or val_data"
-        )
-    return data.subset(kept), data.subset(held)
-
-
-def _check_classes(cut: Cut, data: ImageData) -> None:
-    if cut.classes < data.classes:
-        raise DataError(
-            f"the model has {cut.classes} outputs, the labels go up to {data.classes - 1}; give it more outputs"
-        )
-
-
-def _check_made_for(record: Plan | Profile, settings: TrainConfig, names: Sequence[str]) -> None:
-    """Refuses a record whose bytes were taken with other settings."""
-    for name in names:
-        was, now = getattr(record, name), getattr(settings, name)
-        if was != now:
-            kind = type(record).__name__.lower()
-            raise ConfigError(f"the {kind} was made for {name}={was!r}, this is {name}={now!r}; make the {kind} again")
-
-
-def _given(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples: int, device: torch.device) -> Plan:
-    made = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if not made.blocks or not all(b.units for b in made.blocks):
-        raise ConfigError("the plan has no blocks, or a block without units; make the plan again")
-    if device.type == "cpu" and made.overhead == 0:
-        raise ConfigError(
-            "the plan was made for a device with memory of its own, on the CPU all weights share the budget; "
-            "make it with device='cpu' and without device_memory"
-        )
-    _check_made_for(made, settings, ("optimizer", "precision"))
-    names = tuple(s.name for s in cut.stages)
-    if made.stages != names:
-        raise ConfigError(f"the plan was made for stages {made.stages}, the model has {names}; make the plan again")
-    small = next((b for b in made.blocks if b.batch > samples), None)
-    if small is not None:
-        raise ConfigError(
-            f"the plan trains at batch {small.batch}, the data has {samples} samples; make the plan again"
-        )
-    if any(b.cache.tier == "auto" for b in made.blocks):
-        tier = "ram" if settings.cache == "auto" else settings.cache
-        blocks = [replace(b, cache=replace(b.cache, tier=tier)) if b.cache.tier == "auto" else b for b in made.blocks]
-        made = replace(made, blocks=tuple(blocks))
-    return made
-
-
-__all__ = [
-    "Planner",
-    "TrainResult",
-    "named_model",
-    "plan",
-    "profile",
-    "settle",
-    "train",
-]
+__all__ = ["TrainResult", "plan", "profile", "train"]

@@ -30,11 +30,13 @@ class Unit:
         self.head = head
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss_scale: LossScale | None = None
+        self.compiles = False  # whether the body is to be compiled where its steps may be recorded
 
     def prepare(self, config: TrainConfig) -> None:
         """Makes what a training needs beside the modules, on the device where they are now."""
         self.optimizer = make_optimizer(self.parameters(), config)
         self.loss_scale = LossScale(self.optimizer) if config.compute_dtype == "fp16" else None
+        self.compiles = config.compile
 
     def forget_step(self) -> None:
         """Drops what a step that broke off has left: gradients, and a loss scale between two of its calls."""

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nf_engine.precision import forward
 
+Run = Callable[[nn.Module, Tensor], Tensor]
+
 
 class Body(nn.Sequential):
     """Stages in order, (N, C, H, W) -> (N, C', H', W').
@@ -35,26 +37,28 @@ class Body(nn.Sequential):
         super().__init__(*stages)
         assert all(0 < a < b for a, b in itertools.pairwise((*starts, len(stages)))), (starts, len(stages))
         self.starts = tuple(starts)
+        self.run: Run = forward  # of a stage in a training step; an eval step takes forward
 
     def forward(self, x: Tensor) -> Tensor:
-        edges = (0, *self.starts) if self.training and torch.is_grad_enabled() else (0,)
+        trains = self.training and torch.is_grad_enabled()
+        edges, run = ((0, *self.starts), self.run) if trains else ((0,), forward)
         for first, end in itertools.pairwise(edges):
-            x = _recomputed(list(self)[first:end], x)
+            x = _recomputed(list(self)[first:end], run, x)
         for stage in list(self)[edges[-1] :]:
-            x = forward(stage, x)
+            x = run(stage, x)
         return x
 
 
-def _recomputed(segment: Sequence[nn.Module], x: Tensor) -> Tensor:
-    def run(h: Tensor) -> Tensor:
+def _recomputed(segment: Sequence[nn.Module], run: Run, x: Tensor) -> Tensor:
+    def run_all(h: Tensor) -> Tensor:
         for stage in segment:
-            h = forward(stage, h)
+            h = run(stage, h)
         return h
 
     again: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
     again = partial(_contexts, segment)
     random = any(map(is_random, segment))  # else its state is left alone, which a CUDA graph could not save
-    h: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=random, context_fn=again)
+    h: Tensor = checkpoint(run_all, x, use_reentrant=False, preserve_rng_state=random, context_fn=again)
     return h
 
 

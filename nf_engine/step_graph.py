@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nf_engine.compiler import Compiler, reason_of
 from nf_engine.device import room_bytes
 from nf_engine.local_step import Unit, train_block
 
@@ -31,9 +32,13 @@ WARM_UP = 3  # eager steps before the recording, as torch's documentation has it
 
 
 class Recorder(Protocol):
-    """Records one step at a time; `refusal` says why it does not, None where it does."""
+    """Records one step at a time; `refusal` says why it does not, None where it does.
+
+    compiler: of bodies that are to be compiled, recorded or not.
+    """
 
     refusal: str | None
+    compiler: Compiler
 
     def record(self, step: Callable[[], object]) -> None:
         """Takes down what step() asks of the device, without doing it. RuntimeError: it cannot be recorded."""
@@ -73,6 +78,7 @@ class CudaRecorder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool = 0
         self.refusal: str | None = None
+        self.compiler = Compiler(note)
         if os.environ.get("NF_GRAPHS", "on") == "off":
             self.refuse("NF_GRAPHS=off")
 
@@ -115,6 +121,9 @@ class StepGraph:
         self.rate = torch.zeros((), device=losses.device)  # float32: what fused optimisers read on a GPU
         for group in _groups(units):
             group["lr"] = self.rate
+        for unit in units:
+            if unit.compiles:
+                unit.body.run = recorder.compiler.run
 
     def __call__(self, x: Tensor, labels: Tensor) -> bool:
         """Trains on one batch by a replay; False: not yet or not at all, the step is the caller's to run.
@@ -143,8 +152,8 @@ class StepGraph:
         except torch.OutOfMemoryError:  # there is none for a pool beside the rest: this block does without
             self._to_warm = sys.maxsize
             self._recorder.note(f"block of {len(self._units)} units: no memory to record its step, it stays eager")
-        except RuntimeError as error:
-            self._recorder.refuse(_reason(error))
+        except RuntimeError as error:  # where ending a broken recording fails, too, the first one says more
+            self._recorder.refuse(reason_of(error.__context__ or error))
         else:
             return True
         for unit in self._units:
@@ -156,12 +165,6 @@ class StepGraph:
         if self._inputs is not None and not self._recorder.is_roomy:
             self._inputs = None
             self._recorder.release()
-
-
-def _reason(error: BaseException) -> str:
-    """A name for the exception would keep what the failed step holds alive, through its frames."""
-    first = error.__context__ or error  # ending a broken recording fails too, and says less
-    return str(first).strip().partition("\n")[0] or type(first).__name__
 
 
 def _groups(units: Sequence[Unit]) -> Iterator[dict[str, object]]:

@@ -35,7 +35,7 @@ NUMBERS = {
     "io_timeout": (float, 1, None),
     "checkpoint_minutes": (float, 0, None),
 }
-FLAGS = ("recompute", "durable_cache", "deterministic")
+FLAGS = ("recompute", "durable_cache", "compile", "deterministic")
 OTHER = {"memory_budget", "max_cache_bytes", "pinned_bytes", "split_points", "head_pool", *FLAGS}
 
 
@@ -225,7 +225,7 @@ VALID = st.fixed_dictionaries(
         ),
         "memory_margin": share(),
         "split_points": st.lists(st.text(), max_size=4).map(tuple),
-        "max_units": st.integers(1, 2**70),
+        "max_units": st.integers(1, 2**63 - 1),
         "batch_size": st.one_of(st.just("auto"), st.integers(1, 9999)),
         "head_pool": st.sampled_from([1, 2, 4]),
         "lr": st.one_of(st.floats(0, allow_infinity=False), st.integers(0, 9)),
@@ -236,7 +236,7 @@ VALID = st.fixed_dictionaries(
         **{name: st.booleans() for name in FLAGS},
         "io_timeout": st.floats(1, allow_infinity=False),
         "checkpoint_minutes": st.floats(0, allow_infinity=False),
-        "seed": st.integers(0, 2**64),
+        "seed": st.integers(0, 2**63 - 1),
         **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},
     },
 )

@@ -352,6 +352,7 @@ def test_a_peak_above_the_budget_is_an_error_not_a_silence(tmp_path, digits):
     [
         ({"memory_budget": "1MiB"}, InfeasibleBudgetError, r"stage \S+ needs .* at batch 1 .*the budget is 1.00 MiB"),
         ({"memory_budjet": 5}, ConfigError, "did you mean memory_budget"),
+        ({"device": "cpu", "compile": True}, ConfigError, "compile=True needs a CUDA device"),
         ({"device": "cuda"}, NoDeviceError, "torch finds no CUDA device"),
         ({"memory_budget": 1 << 60}, ConfigError, r"is 1152921504606846976 bytes, but cpu has \d+ bytes free"),
         ({"val_fraction": 0.0}, ConfigError, "found 0.0"),

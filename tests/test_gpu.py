@@ -191,6 +191,31 @@ def test_a_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch, optimizer, p
     assert all(torch.equal(a, b) for a, b in zip(found["on"], found["off"], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_compiled_steps_are_recorded_and_replayed_bit_for_bit_and_train_as_eager_ones(monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found, notes = {}, []
+    for switch, compiles in (("on", True), ("off", True), ("off", False)):
+        monkeypatch.setenv("NF_GRAPHS", switch)
+        config = TrainConfig(precision=precision, compile=compiles)
+        with capped(CUDA, 2**30):
+            units, losses = units_of(config), torch.zeros(2, device=CUDA)
+            units[0].body[0][3].p = 0.0  # compiled code draws other numbers
+            recorder = CudaRecorder(CUDA, notes.append)
+            graph = StepGraph(units, losses, recorder)
+            for k, batch in enumerate(images_of(compute_dtype(config)).train(0, 32)):
+                graph.rate.fill_(0.1 / (k + 1))
+                train_block(units, [batch], losses, graph)
+            found[switch, compiles] = [t.detach().cpu() for u in units for t in u.tensors()] + [losses.cpu()]
+            recorder.release()
+    assert len(notes) == 2, "the two of NF_GRAPHS=off, and none of a stage that was not compiled"
+    assert all(torch.equal(a, b) for a, b in zip(found["on", True], found["off", True], strict=True))
+    eager, compiled = (found["off", c][-1] for c in (False, True))
+    torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=0)  # summed losses of twelve steps
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("resident", [True, False])
 def test_no_step_waits_for_the_device(resident):
