@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 300  # seconds; a mutant that hangs is noticed, too
+LIMIT = 900  # seconds; a mutant that hangs is noticed, too
 
 
 class Mutant(NamedTuple):
@@ -156,7 +156,7 @@ MUTANTS = [
         ("never", 'if folder.manifest is not None and resume == "never":', "if False:"),
         (
             "a plan given again",
-            "                check_plan(folder, made, _given(plan, cut, settings, len(data), device))\n",
+            "                check_plan(folder, made, given_plan(plan, cut, settings, len(data), device))\n",
             "                pass\n",
         ),
     ),

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import mutants
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -342,3 +343,9 @@ def test_programs_of_torch_export_are_read_only_to_check_what_was_just_written()
         if any(isinstance(n, ast.Attribute) and dotted(n) == "torch.export.load" for n in ast.walk(tree))
     }
     assert readers == {"export", "predictions"}
+
+
+def test_each_mutant_of_the_checks_finds_its_text_once():
+    """`make mutants-python` takes long, so that nobody would notice soon."""
+    counts = {m.name: (ROOT / m.file).read_text(encoding="utf-8").count(m.text) for m in mutants.MUTANTS}
+    assert {name: count for name, count in counts.items() if count != 1} == {}
