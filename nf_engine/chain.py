@@ -9,6 +9,7 @@ frozen stages run again, on samples in the order that a cache would have them.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -24,14 +25,15 @@ from torch import Tensor
 from nf_engine.config import parse_bytes
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, placed, watched
-from nf_engine.errors import CacheError, CacheStaleError, DiskFullError, StorageError
+from nf_engine.errors import BudgetExceededError, CacheError, CacheStaleError, DiskFullError, StorageError
 from nf_engine.feed import Resident
 from nf_engine.job import Job
 from nf_engine.local_step import Unit
 from nf_engine.manifest import FileEntry, digest_of
 from nf_engine.precision import compute_dtype
 from nf_engine.preprocess import Preprocess
-from nf_engine.records import image_bytes
+from nf_engine.records import format_bytes, image_bytes
+from nf_engine.recovery import RECOVERING, asked_bytes, is_out_of_memory
 from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord, EngineOptions, sample_order
 from nf_engine.worker import (
     WRITE_STREAM,
@@ -229,7 +231,41 @@ class Chain:
         batch: int,
         counter: TensorBytes | None,
     ) -> CacheInputs:
-        """Writes the outputs of the block before `number`, all copies, in a fresh random order."""
+        """Writes the outputs of the block before `number`; where the device has not the memory, fewer at a time."""
+        asked: int | None = None
+        for size in dict.fromkeys(max(1, batch // parts) for parts in (1, 2, 4)):
+            try:
+                return self._written(number, prefix, units, inputs, size, counter)
+            except RuntimeError as error:
+                if self._job.device.type not in RECOVERING or not is_out_of_memory(error):
+                    raise
+                asked = asked_bytes(error)
+            # Here the exception is gone, and with its frames what the failed pass held on to.
+            self.evict(inputs)
+            gc.collect()
+            torch.cuda.empty_cache()
+            log.warning("out of memory at batch %d while the inputs of block %d were written", size, number)
+            self._job.folder.log("out_of_memory", number=number - 1, batch=size, asked=asked)
+        budget = self._job.plan.budget
+        raise BudgetExceededError(
+            f"block {number - 1} is trained and saved, but ran out of memory at batch {size} while its outputs were "
+            f"written; the budget is {format_bytes(budget)} ({budget} bytes); free the device, and run the same "
+            "command again",
+            stage=f"block {number - 1}",
+            need=budget + (asked or 1),
+            budget=budget,
+        )
+
+    def _written(
+        self,
+        number: int,
+        prefix: str,
+        units: Sequence[Unit],
+        inputs: Inputs,
+        batch: int,
+        counter: TensorBytes | None,
+    ) -> CacheInputs:
+        """All copies, in a fresh random order."""
         job = self._job
         name = f"{prefix}{number:03d}-g{job.folder.next_generation:04d}.nfc"
         record = self._record(number, prefix, name)

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "job": {
         *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "run_folder", "stages", "worker"),
     },
-    "chain": {"data", "feed", "job", "local_step", "manifest", "preprocess", "storage", "worker"},
+    "chain": {"data", "feed", "job", "local_step", "manifest", "preprocess", "recovery", "storage", "worker"},
     "trainer": {
         *("chain", "checkpoint", "job", "local_step", "manifest", "partitioner", "recovery", "run_folder"),
         *("step_graph", "storage", "tiers", "worker"),

@@ -21,6 +21,7 @@ from nf_engine.partitioner import scaled_lr
 from nf_engine.records import Plan
 from nf_engine.recovery import asked_bytes, is_out_of_memory
 from nf_engine.sources import load_split
+from nf_engine.storage import ActivationCache
 
 MESSAGE = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1.00 GiB of which ..."
 FIELDS = {
@@ -44,10 +45,10 @@ def digits():
     return train.subset(torch.arange(190)), test.subset(torch.arange(90))
 
 
-def train(digits, folder, plan=None):
+def train(digits, folder, plan=None, **fields):
     torch.manual_seed(0)
     network = build("vgg11", width=0.125)
-    return nf_engine.train(network, *digits, plan=plan, output_dir=folder, **FIELDS)
+    return nf_engine.train(network, *digits, plan=plan, output_dir=folder, **{**FIELDS, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,54 @@ def test_three_smaller_batches_are_tried_and_then_it_is_an_error(tmp_path, digit
     assert info.value.need == 16 * 2**20 + 20 * 2**20 > info.value.budget
     assert info.value.exit_code == 4
     assert info.value.__context__ is None, "the torch error would keep tensors alive"
+
+
+def fail_to_write(monkeypatch, most):
+    """Outputs of more than `most` samples at a time cannot be stored."""
+    plain, sizes, held = ActivationCache.append, [], []
+
+    def append(cache, h, *rest):
+        assert all(ref() is None for ref in held), "the failed pass's maps are gone before another one runs"
+        sizes.append(len(h))
+        if len(h) > most:
+            held.append(weakref.ref(h))
+            raise torch.OutOfMemoryError(MESSAGE)
+        return plain(cache, h, *rest)
+
+    monkeypatch.setattr(ActivationCache, "append", append)
+    monkeypatch.setattr("nf_engine.chain.RECOVERING", ("cpu",))
+    return sizes
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_outputs_that_do_not_fit_are_written_fewer_at_a_time(tmp_path, digits, plain, monkeypatch, caplog, tier):
+    first, second = plain.plan.blocks
+    on_disk = replace(second, cache=replace(second.cache, tier=tier))
+    sizes = fail_to_write(monkeypatch, 20)
+    with caplog.at_level(logging.WARNING, "nf_engine"):
+        result = train(digits, tmp_path / "run", replace(plain.plan, blocks=(first, on_disk)), cache=tier)
+    assert result.status == "completed"
+    assert sizes == [40, *[20] * 4, 10, 40, *[20] * 9, 10], "of the held-out images, then of the others, each once"
+    for line, expected in zip(result.history, plain.history, strict=True):
+        assert line["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
+    told = ["out of memory at batch 40 while the inputs of block 1 were written"] * 2
+    assert [record.getMessage() for record in caplog.records] == told
+    assert {f.name for f in (tmp_path / "run").glob("*.tmp")} == set()
+
+
+def test_outputs_that_never_fit_end_the_run_which_goes_on_from_the_finished_block(tmp_path, digits, plain, monkeypatch):
+    sizes = fail_to_write(monkeypatch, 0)
+    with pytest.raises(
+        BudgetExceededError, match="block 0 is trained and saved, but ran out of memory at batch 10"
+    ) as info:
+        train(digits, tmp_path / "run", plain.plan)
+    assert sizes == [40, 20, 10]
+    assert info.value.exit_code == 4
+    monkeypatch.undo()
+    trained = []
+    monkeypatch.setattr(steps, "local_step", lambda *a, step=steps.local_step: trained.append(1) or step(*a))
+    assert same(train(digits, tmp_path / "run", plain.plan).model, plain.model)
+    assert len(trained) == 2 * (190 // 40), "the second block alone"
 
 
 def test_other_errors_and_other_devices_are_left_alone(tmp_path, digits, plain, monkeypatch):
