@@ -282,6 +282,7 @@ def main() -> int:
             raise SystemExit(f"{mutant.name}: expected the text once in {mutant.file}, found it {times} times")
     with tempfile.TemporaryDirectory(prefix="nf-mutants-") as scratch:
         tree = Path(scratch)
+        tree.chmod(0o755)  # some tests run as another user
         for name in ("nf_engine", "tests", "pyproject.toml", "README.md"):
             source = ROOT / name
             if source.is_dir():
