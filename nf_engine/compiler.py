@@ -32,10 +32,10 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
 
 
 class Compiler:
-    """Compiles the stages of a run, each once for every batch size; after a failure no more of them."""
+    """Compiles the stages of a run, each once for every batch size; after a failure no further one of them."""
 
     def __init__(self, note: Callable[[str], None], backend: Backend = inductor) -> None:
-        """note: told the reason of the failure."""
+        """note: told the reason of the first failure."""
         self._note, self._backend = note, backend
         self._made: dict[nn.Module, Any] = {}  # what runs a stage: the stage itself, where it stays eager
         self._refused = False
@@ -53,8 +53,10 @@ class Compiler:
             if self._made[stage] is stage or not _is_compilers(error):
                 raise
             reason = reason_of(getattr(error, "inner_exception", error))
-        self._made[stage], self._refused = stage, True
-        self._note(f"no more stages are compiled: {reason}")
+        self._made[stage] = stage
+        if not self._refused:
+            self._note(f"no further stages are compiled: {reason}")
+        self._refused = True
         return forward(stage, x)
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

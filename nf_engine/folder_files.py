@@ -208,9 +208,10 @@ def _as_refusal(error: StorageError) -> NFError:
 def _own(file: _cache.io.File) -> _cache.io.Status:
     status = file.stat()
     if not status.regular or status.links != 1 or status.owner != os.geteuid():
+        kind = "a" if status.regular else "no"
         raise PermissionRefusedError(
-            f"{file.path}: expected a regular file of user {os.geteuid()} with one name, found "
-            f"{'a' if status.regular else 'no'} regular file of user {status.owner} with {status.links}; remove it"
+            f"{file.path}: expected a regular file of user {os.geteuid()} with one name, found {kind} regular file of "
+            f"user {status.owner} with {status.links} names; remove it"
         )
     return status
 

@@ -113,6 +113,12 @@ def given_plan(plan: Plan | str | Path, cut: Cut, settings: TrainConfig, samples
     names = tuple(s.name for s in cut.stages)
     if made.stages != names:
         raise ConfigError(f"the plan was made for stages {made.stages}, the model has {names}; make the plan again")
+    other = next((b for b in made.blocks[1:] if b.cache.dtype != settings.stored_dtype), None)
+    if other is not None:
+        raise ConfigError(
+            f"the plan was made for caches in {other.cache.dtype}, cache_dtype={settings.cache_dtype!r} stores "
+            f"{settings.stored_dtype}; make the plan again"
+        )
     small = next((b for b in made.blocks if b.batch > samples), None)
     if small is not None:
         raise ConfigError(

@@ -127,12 +127,14 @@ class Job:
             module.zero_grad(set_to_none=True)
 
     def leave(self, units: Sequence[Unit]) -> None:
-        """Brings a block back to the host, and frees what only its training needed."""
+        """Brings a block back to the host, with the frozen stages that fed it, and frees what only training needed."""
         for unit in units:
             unit.optimizer = None
             for module in unit.modules():
                 module.eval()
                 module.to("cpu")
+        for stage in self.cut.stages:
+            stage.module.to("cpu")
 
     def start_count(self, units: Sequence[Unit]) -> TensorBytes | None:
         """The block's meter on the CPU; on CUDA the allocator counts from here on."""

@@ -6,7 +6,7 @@ Measured as stages are, see instruments.py. The terms of a unit's peak: partitio
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,11 +66,13 @@ def block_peak(
     device: torch.device,
     overhead: int,
     together: bool,
+    edges: Sequence[int] = (),
 ) -> int:
     """Peak bytes of a block as the worker runs it: training steps, then an eval step that scores and writes.
 
     Args:
         overhead: bytes of weights beside the block; those that the block itself uses are not counted twice.
+        edges: of a recomputed prefix, see worker.forward_prefix.
         together: host memory is the device's (the CPU), where the slots of the cache engine are not budgeted, and
             images come without any.
     """
@@ -117,7 +119,7 @@ def block_peak(
                 return load(images, block.batch)
             size = block.cache.forward_batch
             return forward_prefix(
-                prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, dtype
+                prefix, lambda at: load(images, min(size, block.batch - at)), block.batch, size, dtype, edges
             )
 
         def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:

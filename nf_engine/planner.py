@@ -238,7 +238,7 @@ class Planner:
         return self._probed
 
     def _with_peaks(self, made: Plan, device: torch.device) -> Plan:
-        def peak(block: BlockPlan) -> int:
+        def peak(number: int, block: BlockPlan) -> int:
             return block_peak(
                 self.cut,
                 block,
@@ -248,11 +248,12 @@ class Planner:
                 device=device,
                 overhead=made.overhead,
                 together=self.together,
+                edges=[b.first for b in made.blocks[1:number]],
             )
 
         on_device = [b.cache.bytes if b.cache.tier == "device" else 0 for b in made.blocks] + [0]
         blocks = tuple(
-            replace(b, peak=peak(b) + on_device[k] + on_device[k + 1])  # the cache it reads, and the one it leaves
+            replace(b, peak=peak(k, b) + on_device[k] + on_device[k + 1])  # the cache it reads, and the one it leaves
             for k, b in enumerate(made.blocks)
         )
         most = max(b.peak for b in blocks)

@@ -44,10 +44,17 @@ def classify_split(model: EarlyExitModel, spec: str, limit: int | None, policy: 
     Args:
         spec: as for `sources.load_split`.
         limit: first images only.
+
+    Raises:
+        DataError: the images are not the model's, and it takes no squares to which they could be brought.
     """
     training, test = load_split(spec)
-    channels, _, width = model.facts["input_shape"]
-    data = fit_to(training if test is None else test, size=width, channels=channels)
+    data, shape = training if test is None else test, tuple(model.facts["input_shape"])
+    if data.shape != shape:
+        channels, height, width = shape
+        if height != width:
+            raise DataError(f"{spec} has images {data.shape}, the model takes {shape}; resize them first")
+        data = fit_to(data, size=width, channels=channels)
     data = data.subset(torch.arange(min(limit or len(data), len(data))))
     result = evaluate(model, data, policy=policy)
     first, labels = data.batch(torch.arange(min(SHOWN, len(data))))

@@ -16,8 +16,9 @@ from nf_engine.config import TrainConfig
 from nf_engine.errors import ConfigError
 
 FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
-# Variables that are read elsewhere, by the starts of their names.
-NOT_CONFIG = ("NF_DATA", "NF_TESTING", "NF_FAULT", "NF_LIBCUDA", "NF_DEBUG", "NF_GRAPHS", "NF_KERNELS")
+# Variables that are read elsewhere: whole names, and starts of names.
+NOT_CONFIG = {"NF_TESTING", "NF_LIBCUDA", "NF_GRAPHS", "NF_KERNELS"}
+NOT_CONFIG_STARTS = ("NF_DATA_", "NF_FAULT", "NF_DEBUG_")
 BYTES = {"memory_budget", "max_cache_bytes", "pinned_bytes"}
 
 
@@ -60,13 +61,19 @@ def _value(name: str, text: str) -> Any:
 
 
 def _from_environment() -> dict[str, Any]:
-    found = {}
-    for variable, text in os.environ.items():
-        if variable.startswith("NF_") and not variable.startswith(NOT_CONFIG):
-            name = variable.removeprefix("NF_").lower()
-            try:
-                TrainConfig().with_fields({name: _value(name, text)})
-            except ConfigError as error:
-                raise ConfigError(f"environment variable {variable}={text}: {error}") from None
-            found[name] = _value(name, text)
-    return found
+    found = {
+        variable: text
+        for variable, text in os.environ.items()
+        if variable.startswith("NF_") and variable not in NOT_CONFIG and not variable.startswith(NOT_CONFIG_STARTS)
+    }
+    values = {_setting(variable): _value(_setting(variable), text) for variable, text in found.items()}
+    try:
+        TrainConfig().with_fields(values)
+    except ConfigError as error:
+        given = ", ".join(f"{variable}={text}" for variable, text in found.items())
+        raise ConfigError(f"environment {given}: {error}") from None
+    return values
+
+
+def _setting(variable: str) -> str:
+    return variable.removeprefix("NF_").lower()

@@ -2,7 +2,8 @@
 
     first WARM_UP batches   eager, on the stream that will be recorded: optimisers make their state, libraries choose
     the batch after them    its tensors become the inputs of the graph: the step is recorded, then replayed on them
-    every batch after it    copied into those tensors, then replayed; a cache decodes into one place: nothing is copied
+    every batch after it    copied into those tensors, then replayed; in the epoch of the recording a cache decodes
+                            into them: nothing is copied
 
 All of these are steps of the training, each batch counts once, and a replay computes what the eager step would. The
 learning rate is a tensor that the recorded optimisers read; losses are added to one tensor. What a module keeps in

@@ -84,10 +84,11 @@ class ImageInputs:
     Attributes:
         data: images. preprocess: augmentation and normalisation, on the device.
         prefix: finished stages in eval mode on the device; empty for the first block.
+        edges: numbers of the stages before which maps are rounded, the first ones of the blocks in the prefix.
         forward_batch: samples that go through the prefix at a time.
         order: ids in the order that the file of a cache of these inputs would have, so that the tier changes time, not
             numbers; None for the first block: full shuffles.
-        geometry: of that cache; its dtype rounds the recomputed inputs as the cache would.
+        geometry: of that cache; its dtype rounds the recomputed inputs, and at the edges, as caches would.
         feed: how the images come to the device; None: as suits it.
     """
 
@@ -97,6 +98,7 @@ class ImageInputs:
     seed: int
     block: int = 0
     prefix: Sequence[nn.Module] = ()
+    edges: Sequence[int] = ()
     forward_batch: int = 0
     order: NDArray[np.int64] | None = None
     geometry: CacheGeometry | None = None
@@ -126,7 +128,8 @@ class ImageInputs:
         yield from self._loaded(full, load)
 
     def once(self, batch: int, key: int | None) -> Iterator[Batch]:
-        ids = torch.from_numpy(self.order_ids() if key is None else self.order_ids()[self.positions(key)])
+        fixed = key is None and self.geometry is None  # else as a cache would be read, whose fixed order is that of 0
+        ids = torch.from_numpy(self.order_ids() if fixed else self.order_ids()[self.positions(key or 0)])
         for copy in range(self.copies):
             yield from self._loaded(ids.split(batch), partial(self._batch, copy))  # type: ignore[no-untyped-call]
 
@@ -148,21 +151,31 @@ class ImageInputs:
         def load(start: int) -> Tensor:
             return self.preprocess(images[start : start + size], ids[start : start + size], stream=stream)
 
-        return forward_prefix(self.prefix, load, len(images), size, self.geometry.dtype if self.geometry else "fp32")
+        dtype = self.geometry.dtype if self.geometry else "fp32"
+        return forward_prefix(self.prefix, load, len(images), size, dtype, self.edges)
 
 
 def forward_prefix(
-    prefix: Sequence[nn.Module], load: Callable[[int], Tensor], count: int, size: int, dtype: str
+    prefix: Sequence[nn.Module],
+    load: Callable[[int], Tensor],
+    count: int,
+    size: int,
+    dtype: str,
+    edges: Sequence[int] = (),
 ) -> Tensor:
-    """Frozen stages over `count` samples, `size` at a time, rounded as a cache of that dtype would: (count, C, H, W).
+    """Frozen stages over `count` samples, `size` at a time: (count, C, H, W), of the dtype of the images.
 
-    load(start) gives the preprocessed images from `start` on; the result is of their dtype.
+    Args:
+        load: load(start) gives the preprocessed images from `start` on.
+        dtype: of caches, which the result is rounded to, and what the stages of the numbers `edges` are given.
     """
     out: Tensor | None = None
     with torch.no_grad():
         for start in range(0, count, size):
             h = load(start)
-            for stage in prefix:
+            for number, stage in enumerate(prefix):
+                if number in edges:
+                    round_as_stored(h, h, dtype)
                 h = forward(stage, h)
             if out is None:
                 out = torch.empty((count, *h.shape[1:]), dtype=h.dtype, device=h.device, memory_format=LAYOUT)
@@ -173,7 +186,7 @@ def forward_prefix(
 
 
 def round_as_stored(h: Tensor, out: Tensor, dtype: str) -> None:
-    """out = h (N, C, H, W) as it comes back from a cache of that dtype."""
+    """out = h (N, C, H, W) as it comes back from a cache of that dtype; out may be h."""
     if DTYPES.get(dtype) in (h.dtype, torch.float32):  # nothing is rounded
         out.copy_(h)
         return

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import nf_engine
-from nf_engine import cli, engine, errors
+from nf_engine import cli, engine, errors, predictions
 from nf_engine.records import Plan, Profile
 from nf_engine.sources import load_split
 
@@ -273,6 +274,19 @@ def test_variables_that_others_read_are_no_settings(monkeypatch):
     config_of()
 
 
+def test_variables_are_checked_together(monkeypatch):
+    monkeypatch.setenv("NF_MIN_BATCH_SIZE", "2000")
+    monkeypatch.setenv("NF_MAX_BATCH_SIZE", "4000")
+    found = config_of()
+    assert (found["min_batch_size"], found["max_batch_size"]) == (2000, 4000)
+    monkeypatch.setenv("NF_MAX_BATCH_SIZE", "1000")
+    code, _, err = run("train", "--print-config")
+    assert code == 2
+    assert "min_batch_size 2000 is above max_batch_size 1000" in err
+    monkeypatch.setenv("NF_GRAPHSX", "off")
+    assert "NF_GRAPHSX=off" in run("train", "--print-config")[2]
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +393,12 @@ def test_classify_gives_the_accuracy_that_train_gave(trained):
     code, out, _ = run("classify", result["run_dir"], "--data", "synthetic:400", "--limit", 3)
     assert (code, len(out.splitlines())) == (0, 4)
     assert "of 3 test images" in out
+
+
+def test_images_are_brought_to_squares_alone():
+    model = SimpleNamespace(facts={"input_shape": (3, 64, 32)})
+    with pytest.raises(errors.DataError, match=r"has images \(3, 32, 32\), the model takes \(3, 64, 32\); resize them"):
+        predictions.classify_split(model, "synthetic:400", None, "fixed:0")
 
 
 def test_a_policy_counts_the_exits_of_the_run(trained):

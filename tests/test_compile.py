@@ -210,7 +210,7 @@ def test_after_a_failure_the_rest_trains_eager_with_one_note(starts, fails):
     units = units_of(TrainConfig(compile=True), starts=starts)
     found = train(units, compiler)
     assert equal(found, expected), "the step in which it failed counts once, too"
-    assert notes == ["no more stages are compiled: no compiler here"]
+    assert notes == ["no further stages are compiled: no compiler here"]
     train(units_of(TrainConfig(compile=True), starts=starts), compiler)
     assert (len(notes), backend.calls) == (1, fails), "what is not compiled yet is not tried again in this run"
 
@@ -223,7 +223,7 @@ def test_a_backward_pass_that_cannot_be_compiled_is_found_in_the_forward_pass():
     half = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=refuse)
     found = train(units_of(TrainConfig(compile=True)), Compiler(notes.append, half))
     assert equal(found, train(units_of(TrainConfig()), None))
-    assert notes == ["no more stages are compiled: no backward here"]
+    assert notes == ["no further stages are compiled: no backward here"]
 
 
 class Waits(nn.Module):

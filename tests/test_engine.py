@@ -280,6 +280,16 @@ def test_records_made_with_other_settings_are_refused(tmp_path, digits, name, ot
         nf_engine.plan("vgg11", (3, 32, 32), memory_budget="96MiB", profile=profile, **{name: other})
 
 
+def test_a_plan_for_caches_of_another_dtype_is_refused(tmp_path, digits):
+    """Its rooms were counted in that dtype: exact caches would be twice as large."""
+    network = build("vgg11", width=0.125)
+    given = {"memory_budget": "8MiB", "partition": "layerwise", "grouping_threshold": 0.0, "cache": "ram"}
+    made = nf_engine.plan(network, digits[0].shape, samples=570, device="cpu", **given)
+    assert {b.cache.dtype for b in made.blocks[1:]} == {"fp16"}
+    with pytest.raises(ConfigError, match="the plan was made for caches in fp16, cache_dtype='exact' stores fp32"):
+        nf_engine.train(network, *digits, plan=made, cache_dtype="exact", output_dir=tmp_path / "run", **given, **QUIET)
+
+
 def test_a_plan_for_a_device_with_its_own_memory_is_refused_on_the_cpu(tmp_path, digits):
     network = build("vgg11", width=0.125)
     fields = {"memory_budget": "32MiB", "samples": 600, "batch_size": 64}

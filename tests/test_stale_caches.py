@@ -203,7 +203,7 @@ def test_a_cache_that_other_code_has_made_is_made_again(tmp_path, began, monkeyp
     assert go(folder).status == "completed"
     (told,) = events(folder, "cache_refused")
     assert told["number"] == number
-    assert "rows differ by" in told["reason"]
+    assert "their code has changed" in told["reason"]
     assert caches_written(folder, number) == 4, "by the first call, and again"
     figure("P15", "whole runs with caches of other code: refused, made again", 1, 1)
 
