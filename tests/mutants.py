@@ -79,8 +79,8 @@ MUTANTS = [
         ("hard links", "status.links != 1 or ", ""),
         (
             "owner of a file",
-            ' or status.owner != os.geteuid():\n        raise PermissionRefusedError(\n            f"{file',
-            ':\n        raise PermissionRefusedError(\n            f"{file',
+            " or status.owner != os.geteuid():\n        kind",
+            ":\n        kind",
         ),
         ("length of a file", "if size > most and not start:", "if False:"),
     ),
