@@ -39,7 +39,8 @@ RESUME = "tests/test_resume.py"
 DAMAGE = "tests/test_damage.py::test_"
 CHECKPOINTS = (
     f"{DAMAGE}each_dtype_claimed_as_each_other_is_refused {DAMAGE}each_wrong_shape_is_refused "
-    f"{DAMAGE}a_training_state_that_is_not_the_models_is_refused tests/test_hostile.py"
+    f"{DAMAGE}a_training_state_that_is_not_the_models_is_refused tests/test_hostile.py "
+    f"{DAMAGE}a_key_that_is_there_twice_is_refused {DAMAGE}scores_that_are_not_two_numbers_a_unit_are_refused"
 )
 CACHES = "tests/test_stale_caches.py"
 NUMBERS = "tests/test_guards.py -k number_that"
@@ -182,7 +183,7 @@ MUTANTS = [
     *of(
         "controller.py",
         f"{CACHES} -k corrupts",
-        ("one rebuild", "if now in made_again:\n                        raise\n", ""),
+        ("one rebuild", "if now in made_again:\n", "if False:\n"),
         (
             "lines that do not count",
             "                    job.folder.cut_metrics()  # first",

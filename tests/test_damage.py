@@ -361,6 +361,26 @@ def test_each_wrong_shape_is_refused(figure):
     assert all(found)
 
 
+def test_a_key_that_is_there_twice_is_refused():
+    """The library takes the last one, and may be given two of the same bytes."""
+    one = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    for keys, good in ((one, True), (one + b"," + one, False)):
+        header = b"{" + keys + b"}"
+        data = struct.pack("<Q", len(header)) + header + bytes(4)
+        if good:
+            assert checkpoint.parse(data, "it")["a"].tolist() == [0.0]
+        else:
+            assert refuses(lambda data=data: checkpoint.parse(data, "it"))
+
+
+@pytest.mark.parametrize(
+    "scores", [None, torch.zeros(3, 2).double(), torch.zeros(2, 3).double(), torch.zeros(4).double(), torch.zeros(2, 2)]
+)
+def test_scores_that_are_not_two_numbers_a_unit_are_refused(scores):
+    assert checkpoint.scores_of({"scores": torch.tensor([[0.5, 1], [1, 2]]).double()}, 2, "it") == [[0.5, 1], [1, 2]]
+    assert refuses(lambda: checkpoint.scores_of({} if scores is None else {"scores": scores}, 2, "it"))
+
+
 def make_unit() -> tuple[Unit, torch.Tensor]:
     unit = Unit("unit0", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], nn.Linear(4, 2))
     unit.prepare(TrainConfig(memory_budget=1 << 30, optimizer="adamw"))

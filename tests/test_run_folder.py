@@ -269,6 +269,27 @@ def test_a_staged_folder_gets_its_name_when_it_is_complete(tmp_path):
     assert names(tmp_path) == {"part.bin", "out"}
 
 
+def test_after_a_failed_commit_only_the_next_start_can_tell(tmp_path, monkeypatch):
+    """The same commit again might touch what the manifest on the disk lists by now."""
+    with committed(tmp_path / "run", 2) as run:
+        lost = StorageError("the disk is gone", op="pwrite", path="it", offset=0, errno=errno.EIO)
+
+        def broken(*_):
+            raise lost
+
+        monkeypatch.setattr("nf_engine.run_folder.write_file", broken)
+        with pytest.raises(StorageError, match="the disk is gone"):
+            run.commit(Position(0, 2, 0))
+        monkeypatch.undo()
+        for _ in range(2):
+            with pytest.raises(StorageError) as again:
+                run.commit(Position(0, 2, 0))
+            assert again.value is lost
+    with RunFolder(tmp_path / "run") as run:
+        assert run.manifest_now.position == Position(0, 1, 0)
+        run.commit(Position(0, 2, 0))
+
+
 # --- the next start ---
 
 
@@ -297,6 +318,9 @@ def test_a_file_that_is_missing_or_changed_is_named_with_the_way_back(tmp_path):
         with pytest.raises(
             CorruptFileError, match=rf"{entry.name}: expected 9 bytes with sha256 .*, found 9 .*; {way}"
         ):
+            run.read(entry)
+        (run.path / entry.name).write_bytes(b"weights 2" + b"\0")
+        with pytest.raises(CorruptFileError, match=rf"{entry.name}: expected 9 bytes at most, found 10; {way}"):
             run.read(entry)
         (run.path / entry.name).unlink()
         with pytest.raises(CorruptFileError, match=rf"{entry.name} is missing; {way}"):
