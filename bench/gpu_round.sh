@@ -4,6 +4,7 @@
 #     bash bench/gpu_round.sh                  all parts that have no result yet
 #     bash bench/gpu_round.sh heads-bf16 train  these parts, again
 #     ROUND_OUT=DIR bash bench/gpu_round.sh     results under DIR/<gpu> instead of bench/results/<gpu>
+#     NF_COMMIT=... names the commit where there is no git; LIMIT=... are the seconds a part may take
 #
 # Needs python3 with torch, triton, pytest and the package's dependencies, and a C++ compiler; installs nothing and uses
 # no network. A part that fails leaves its log and does not stop the others; the exit code is the number of failed parts.
@@ -11,6 +12,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-530} # seconds a part
+# Benches and tests start programs of their own, which must find the package, too; a part that is cut off keeps its output.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# One part compiles for the next.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/nf-triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/nf-inductor}
 
 gpu=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_"))' 2>/dev/null) || {
     echo "no CUDA device that torch can use: nothing to do" >&2
@@ -20,11 +25,12 @@ results=${ROUND_OUT:-bench/results}/$gpu
 mkdir -p "$results"
 # What a copy of the tree may have lost: the link to the kernels, and the compiled module.
 [ -e nf_engine/kernels ] || ln -s ../kernels nf_engine/kernels
-$PYTHON -c 'import nf_engine._cache' 2>/dev/null || $PYTHON setup.py build_ext --inplace >"$results/build.log" 2>&1 ||
-    { echo "the C++ module does not build: $results/build.log" >&2; exit 70; }
+built() { $PYTHON -c 'from nf_engine import _cache; _cache.build_info()' 2>/dev/null; } # its stubs alone import as well
+built || $PYTHON setup.py build_ext --inplace >"$results/build.log" 2>&1
+built || { tail -n 20 "$results/build.log"; echo "the C++ module does not build: $results/build.log" >&2; exit 70; }
 
 bench() { $PYTHON -m "bench.bench_$1" --json "$results/$2.json" "${@:3}"; }
-tests() { $PYTHON -m pytest -q -m gpu -p no:cacheprovider "$@"; }
+tests() { $PYTHON -m pytest -q -m gpu -p no:cacheprovider --durations=10 "$@"; }
 small='ignored or inside or spoils or passes_through' # cases that are quick under a checker
 
 declare -A run=(
@@ -61,6 +67,7 @@ peers() {
 
 machine() {
     nvidia-smi || true
+    $PYTHON -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|setuptools|pybind11|ninja|cmake|safetensors|pytest) ' || true
     $PYTHON -m nf_engine doctor
 }
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -68,9 +69,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
+    """Of the tree, with a mark where it was changed; where git is not there, NF_COMMIT of the environment."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
+    if "NF_COMMIT" in os.environ or shutil.which("git") is None:
+        return os.environ.get("NF_COMMIT", "unknown")
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
 

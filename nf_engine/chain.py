@@ -114,13 +114,14 @@ class Chain:
                 self._resident = Resident(self._job.data, self._job.device)
             inputs.feed = self._resident
 
-    def evict(self, *used: Inputs) -> None:
-        """Drops what a failed attempt has left on the device."""
-        self._resident = None  # spare room was planned for the images, and there is none
+    def evict(self, *used: Inputs) -> bool:
+        """Drops what a failed attempt has left on the device; whether all images were there."""
+        there, self._resident = self._resident is not None, None
         for inputs in used:
             rewind(inputs)
             if isinstance(inputs, ImageInputs):
                 inputs.feed = None
+        return there
 
     def _may_reside(self) -> bool:
         """The plan may be of other data."""

@@ -17,7 +17,7 @@ from nf_engine.errors import ConfigError
 
 FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
 # Variables that are read elsewhere: whole names, and starts of names.
-NOT_CONFIG = {"NF_TESTING", "NF_LIBCUDA", "NF_GRAPHS", "NF_KERNELS"}
+NOT_CONFIG = {"NF_TESTING", "NF_LIBCUDA", "NF_GRAPHS", "NF_KERNELS", "NF_COMMIT"}
 NOT_CONFIG_STARTS = ("NF_DATA_", "NF_FAULT", "NF_DEBUG_")
 BYTES = {"memory_budget", "max_cache_bytes", "pinned_bytes"}
 

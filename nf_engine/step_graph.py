@@ -88,8 +88,17 @@ class CudaRecorder:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
         # Threads of the cache engine may ask the driver for memory meanwhile, which "global" would take for ours.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
+        one = torch.zeros((), device=self._device)
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except torch.OutOfMemoryError:  # such a recording has ended as others do
+            raise
+        except RuntimeError:
+            # torch 2.11 leaves its random numbers in a recording that broke: one that ends well takes them out.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                one.add_(1)
+            raise
         self._graph, self._pool = graph, torch.cuda.memory_reserved(self._device) - before
 
     def replay(self) -> None:

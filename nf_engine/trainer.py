@@ -24,7 +24,7 @@ from nf_engine.job import Job
 from nf_engine.local_step import Unit, train_block
 from nf_engine.manifest import Position
 from nf_engine.partitioner import scaled_lr
-from nf_engine.records import BlockPlan, CachePlan, format_bytes
+from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
 from nf_engine.recovery import RECOVERING, SHARES, asked_bytes, is_out_of_memory
 from nf_engine.run_folder import NewFile
 from nf_engine.step_graph import WARM_UP, CudaRecorder, Recorder, StepGraph
@@ -58,7 +58,9 @@ class Trainer:
         """
         planned = self._job.plan.blocks[number]
         asked: int | None = None
-        for batch in dict.fromkeys(max(1, int(share * planned.batch)) for share in SHARES):
+        batches = list(dict.fromkeys(max(1, int(share * planned.batch)) for share in SHARES))
+        while batches:
+            batch = batches[0]
             block = self._use_batch(number, planned, batch)
             self._job.observer.block_started(number, block)
             try:
@@ -68,8 +70,11 @@ class Trainer:
                     raise
                 asked, free = asked_bytes(error), room_bytes(self._job.device)
             # Here the exception is gone, and with its frames what the failed step held on to.
-            self._clear_attempt(number, inputs, held)
             self._tell_out_of_memory(number, batch, asked, free)
+            if self._clear_attempt(number, inputs, held):
+                self._replan(number, replace(self._job.plan, resident_images=0))  # there was no room for them
+            else:
+                del batches[0]
         budget = self._job.plan.budget
         raise BudgetExceededError(
             f"block {number} ran out of memory at batch {planned.batch} and at every smaller one down to {batch}; the "
@@ -158,19 +163,25 @@ class Trainer:
             return planned
         job = self._job
         block = replace(planned, batch=batch, lr=scaled_lr(job.config, batch))
-        job.plan = replace(job.plan, blocks=(*job.plan.blocks[:number], block, *job.plan.blocks[number + 1 :]))
-        job.folder.commit(Position(number), [NewFile("plan", job.plan.to_json().encode())], drop=("train",))
+        blocks = (*job.plan.blocks[:number], block, *job.plan.blocks[number + 1 :])
+        self._replan(number, replace(job.plan, blocks=blocks))
         return block
 
-    def _clear_attempt(self, number: int, *used: Inputs) -> None:
-        """Drops what a failed attempt has left: buffers, garbage, and its epochs."""
-        self._chain.evict(*used)
+    def _replan(self, number: int, plan: Plan) -> None:
+        """Another plan from this block's start on, for this process and later ones."""
+        self._job.plan = plan
+        self._job.folder.commit(Position(number), [NewFile("plan", plan.to_json().encode())], drop=("train",))
+
+    def _clear_attempt(self, number: int, *used: Inputs) -> bool:
+        """Drops what a failed attempt has left: buffers, garbage, and its epochs; whether all images were there."""
+        resided = self._chain.evict(*used)
         gc.collect()
         if self._job.device.type == "cuda":
             torch.cuda.empty_cache()
         before = sum(line["block"] != number for line in self._job.folder.metrics())
         del self._job.history[before:]
         self._job.folder.cut_metrics(before)
+        return resided
 
     def _tell_out_of_memory(self, number: int, batch: int, asked: int | None, free: int) -> None:
         wanted = "an unknown number of bytes" if asked is None else f"{asked} bytes"

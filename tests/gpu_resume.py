@@ -32,7 +32,7 @@ def train(folder: Path, device: str, precision: str) -> Any:
         build("vgg11", width=0.125),
         data,
         held_out,
-        memory_budget="24MiB",
+        memory_budget="48MiB",
         partition="layerwise",
         grouping_threshold=0.0,
         split_points=("features.4",),

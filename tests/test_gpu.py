@@ -43,7 +43,9 @@ pytestmark = [
 def test_a_run_stays_in_its_budget_and_comes_back_to_the_cpu(tmp_path, strategy, cache):
     train, test = load_split("synthetic:1200")
     network = build("vgg11", width=0.25)
-    budget = 48 * 2**20
+    budget = (
+        128 * 2**20
+    )  # torch's allocator takes 20 MiB at a time: below some 100 MiB the cap lets no planned batch fit
     result = nf_engine.train(
         network,
         train,
@@ -271,7 +273,7 @@ def test_a_block_that_does_not_fit_its_cap_is_trained_with_a_smaller_batch(tmp_p
     wide = nf_engine.train(
         build("vgg11", width=0.5), train, test, memory_budget="4GiB", output_dir=tmp_path / "wide", **fields
     )
-    budget = int(0.8 * max(m.reserved for m in wide.memory))
+    budget = int(0.75 * max(m.allocated for m in wide.memory))  # below what eager steps at this batch need
     lie = replace(wide.plan, budget=budget)
     tight = nf_engine.train(build("vgg11", width=0.5), train, test, plan=lie, output_dir=tmp_path / "tight", **fields)
     assert min(b.batch for b in tight.plan.blocks) < 512

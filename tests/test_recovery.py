@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_runs import cut_after
 from torch import nn
 
 import nf_engine
@@ -16,6 +17,7 @@ from nf_engine import local_step as steps
 from nf_engine.checkpoint import fill, parse, state_of, to_bytes
 from nf_engine.committed import read_run
 from nf_engine.errors import BudgetExceededError
+from nf_engine.feed import Resident
 from nf_engine.models import build
 from nf_engine.partitioner import scaled_lr
 from nf_engine.records import Plan
@@ -137,6 +139,34 @@ def test_three_smaller_batches_are_tried_and_then_it_is_an_error(tmp_path, digit
     assert info.value.need == 16 * 2**20 + 20 * 2**20 > info.value.budget
     assert info.value.exit_code == 4
     assert info.value.__context__ is None, "the torch error would keep tensors alive"
+
+
+def test_images_that_leave_no_room_on_the_device_make_way_once_and_for_all(tmp_path, digits, plain, monkeypatch):
+    """The batch stays, and so it does in every later start: the plan that is committed has no images there."""
+    there, step, starts = weakref.WeakSet(), steps.local_step, []
+
+    class Kept(Resident):
+        def __init__(self, *given):
+            super().__init__(*given)
+            there.add(self)
+
+    def crowded(unit, x, labels):
+        if there:
+            raise torch.OutOfMemoryError(MESSAGE)
+        starts.append(len(x))
+        return step(unit, x, labels)
+
+    monkeypatch.setattr("nf_engine.chain.Resident", Kept)
+    monkeypatch.setattr(steps, "local_step", crowded)
+    monkeypatch.setattr("nf_engine.trainer.RECOVERING", ("cpu",))
+    lie = replace(plain.plan, resident_images=1 << 40)
+    with cut_after(6):
+        assert train(digits, tmp_path / "run", lie).status == "interrupted"
+    result = train(digits, tmp_path / "run", lie)
+    assert set(starts) == {40}
+    assert result.plan == replace(plain.plan, resident_images=0)
+    assert same(result.model, plain.model)
+    assert len(list((tmp_path / "run").glob("plan-*.json"))) == 1, "once"
 
 
 def fail_to_write(monkeypatch, most):

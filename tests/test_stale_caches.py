@@ -18,6 +18,7 @@ import torch
 
 from nf_engine import engine
 from nf_engine.chain import Chain
+from nf_engine.errors import CacheCorruptError
 from nf_engine.manifest import FORMAT, FileEntry, Manifest, Position
 
 go, cut_after, outcome, events = runs.go, runs.cut_after, runs.outcome, runs.events
@@ -319,6 +320,23 @@ def test_a_cache_that_is_no_cache_any_more_is_made_again(tmp_path, began, whole,
     assert outcome(go(folder)) == whole
     assert len(events(folder, "cache_refused")) == 1
     assert harm != "link" or (tmp_path / "victim").read_bytes() == data
+
+
+def test_an_epoch_before_one_that_a_reader_corrupts_counts_once(tmp_path, whole):
+    """The block goes on from its last commit: what it has trained since is trained again."""
+    hit = []
+
+    def corrupt(position):
+        if position == (2, 1, 1) and not hit:
+            hit.append(position)
+            raise CacheCorruptError("x002: a chunk is damaged")
+
+    with runs.before_steps(corrupt):
+        result = go(tmp_path / "run")
+    assert hit
+    assert outcome(result) == whole
+    epochs = [(line["block"], line["epoch"]) for line in result.history]
+    assert epochs == [(block, epoch) for block in range(runs.BLOCKS) for epoch in range(runs.EPOCHS)]
 
 
 # ---- A disk that always corrupts ---------------------------------------------------------------------------------
