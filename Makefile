@@ -14,8 +14,9 @@ test: lint test-cpp
 	$(PYTEST) -m "not slow and not gpu"
 	$(MAKE) test-kernels
 
+# The long sweeps are in few files: test by test over the workers, not file by file.
 test-long: lint test-tsan test-asan mutants fuzz
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST:loadfile=worksteal) -m "slow or not slow"
 	$(MAKE) test-kernels
 
 # The Triton kernels without a GPU, each part in a process of its own: Triton interprets or compiles, never both.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nf_engine import planner, profiler, tier_probe
 from nf_engine.config import TrainConfig
@@ -189,7 +190,15 @@ def test_a_meter_around_fake_work_does_not_count_it():
     assert counter.peak < 2**20
 
 
-def test_seconds_are_measured_on_a_device_only():
+def test_seconds_are_measured_on_a_device_only(monkeypatch):
+    """By a clock that counts multiplications, so that a busy machine changes nothing."""
+
+    def seconds_of(call, _):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return 1 + counter.get_total_flops()
+
+    monkeypatch.setattr("nf_engine.seconds.seconds_of", seconds_of)
     network = build("vgg11", width=0.125)
     _, _, bare = profile_of(network, batch_sizes=(2, 4, 8))
     assert bare.device == "none"
@@ -200,6 +209,7 @@ def test_seconds_are_measured_on_a_device_only():
             assert line is not None
             assert line.at(32) > 0
         assert stage.rerun_seconds.at(8) < stage.seconds.at(8), "without backward"
+        assert stage.forward_seconds.at(8) <= stage.rerun_seconds.at(8), "and without a graph"
 
 
 def test_a_fit_gives_back_a_line_and_its_residual():
