@@ -51,8 +51,9 @@ def run(arm: str, seed: int, data: ImageData, test: ImageData, config: TrainConf
                 "peak": result.peak, "units": 1, "blocks": 1, "batches": [128]}  # fmt: skip
     cache = "recompute" if tier == "recomputed" else "disk"
     with tempfile.TemporaryDirectory() as folder:
+        held_out = test.subset(torch.arange(min(512, len(test))))
         result = nf_engine.train(
-            network, data, test.subset(torch.arange(512)), config=config, partition=strategy, cache=cache,
+            network, data, held_out, config=config, partition=strategy, cache=cache,
             progress="none", output_dir=Path(folder) / "run",
         )  # fmt: skip
         scores = [evaluate(result.model, test, policy=f"fixed:{k}").accuracy for k in range(result.model.exits)]
