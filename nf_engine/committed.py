@@ -94,9 +94,8 @@ def read_previous(files: _cache.io.Folder, path: Path, present: bytes | None) ->
     """
     data = read_file(files, PREVIOUS, LIMIT)
     found = Manifest.parse(data, f"{path / PREVIOUS}")
-    if (
-        present is None or present == data
-    ):  # equal: after a step back, or where a crash came before the new manifest's rename
+    # Both are equal after a step back, and where a crash came before the new manifest's rename.
+    if present is None or present == data:
         return data, found
     now = Manifest.parse(present, f"{path / MANIFEST}")
     if digest_of(data) != now.prev_sha256:

@@ -87,8 +87,8 @@ class CudaRecorder:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
-        # Threads of the cache engine may ask the driver for memory meanwhile, which "global" would take for ours.
         one = torch.zeros((), device=self._device)
+        # Threads of the cache engine may ask the driver for memory meanwhile, which "global" would take for ours.
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 step()
