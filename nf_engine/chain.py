@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -191,9 +191,11 @@ class Chain:
         units = job.units(number - 1, training=False)
         try:
             return self.after(number - 1, units, inputs, held, None)
+        except BaseException:
+            job.leave(units)
+            raise
         finally:
             self.release(inputs, held)
-            job.leave(units)  # last: it fails where the device was lost
 
     def forget(self, number: int, error: CacheError) -> None:
         """Takes the caches before a block, one of which turned out to be damaged, out of the run."""
@@ -221,9 +223,10 @@ class Chain:
             made: tuple[Inputs, Inputs] = self.recomputed(following, TRAIN), self.recomputed(following, HELD)
             self._commit(following, [])
             return made
-        after_held = self._stored(following, HELD, units, held, batch, counter)
+        after_held = self._finished(self._stored(following, HELD, units, held, batch, counter))
         try:
-            after = self._stored(following, TRAIN, units, inputs, batch, counter)
+            cache = self._stored(following, TRAIN, units, inputs, batch, counter)
+            after = self._finished(cache, partial(self._hand_over, following, units, inputs))
             try:
                 self._commit(following, [after.cache.record, after_held.cache.record])
             except BaseException:
@@ -242,8 +245,11 @@ class Chain:
         inputs: Inputs,
         batch: int,
         counter: TensorBytes | None,
-    ) -> CacheInputs:
-        """Writes the outputs of the block before `number`; where the device has not the memory, fewer at a time."""
+    ) -> ActivationCache:
+        """Gives a cache the outputs of the block before `number`; where the device has not the memory, fewer at a time.
+
+        The last of them may still be on their way to the disk.
+        """
         asked: int | None = None
         for size in dict.fromkeys(max(1, batch // parts) for parts in (1, 2, 4)):
             try:
@@ -276,7 +282,7 @@ class Chain:
         inputs: Inputs,
         batch: int,
         counter: TensorBytes | None,
-    ) -> CacheInputs:
+    ) -> ActivationCache:
         """All copies, in a fresh random order."""
         job = self._job
         name = f"{prefix}{number:03d}-g{job.folder.next_generation:04d}.nfc"
@@ -300,12 +306,29 @@ class Chain:
         try:
             with closing(watched(inputs.once(batch, record.order_key), counter)) as batches:
                 forward_block(units, self._stoppable(batches), score=False, write=write, device=job.device)
+        except BaseException:
+            cache.abort()
+            raise
+        return cache
+
+    def _finished(self, cache: ActivationCache, beside: Callable[[], None] = lambda: None) -> CacheInputs:
+        """Waits for the last outputs to be written; `beside` runs until then."""
+        record = cache.record
+        try:
+            beside()
             cache.finish()
         except BaseException:
             cache.abort()
             raise
-        job.folder.log("cache_written", name=record.name, tier=record.tier, **asdict(cache.stats()))
-        return self._reader(number, prefix, cache)
+        self._job.folder.log("cache_written", name=record.name, tier=record.tier, **asdict(cache.stats()))
+        return self._reader(record.block, record.name[0], cache)
+
+    def _hand_over(self, number: int, units: Sequence[Unit], inputs: Inputs) -> None:
+        """The units that have given their last outputs make way on the device for block `number`."""
+        self._resident = None
+        if isinstance(inputs, ImageInputs):
+            inputs.feed = None
+        self._job.leave(units, number)
 
     def _commit(self, number: int, records: Sequence[CacheRecord]) -> None:
         """The caches before a block take the place of all others."""

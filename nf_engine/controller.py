@@ -2,7 +2,8 @@
 
     train, score the exits, commit | write the outputs, commit the caches | next block
 
-Only the block in training (and, where a tier is "recompute", the frozen stages before it) is on the device. A crash
+Only the block in training (and, where a tier is "recompute", the frozen stages before it) is on the device; the next
+one takes its place while the last outputs are written. A crash
 between any two commits leaves a folder that `run` goes on from: the position in the manifest says where.
 Source: NeuroFlux, https://arxiv.org/abs/2402.14139 (Controller).
 """
@@ -92,6 +93,7 @@ class Controller:
         """Trains one block and commits it; returns the inputs of the next one, None after the last."""
         inputs, held = handed or self._chain.inputs(number)
         units: list[Unit] = []
+        following: int | None = None
         try:
             self._chain.place(inputs)
             units, counter = self._trainer.train(number, inputs, held)
@@ -102,13 +104,15 @@ class Controller:
             after = None if last else self._chain.after(number, units, inputs, held, counter)
             self.job.seconds["cache_write"] += time.perf_counter() - started
             self._end(number, scores, counter)
+            following = None if last else number + 1
         finally:
             self._chain.release(inputs, held)
-            self.job.leave(units)  # last: it fails where the device was lost
+            self.job.leave(units, following)  # last: it fails where the device was lost
         try:
             self._check_budget()
         except BudgetExceededError:
             self._chain.release(*(after or ()))
+            self.job.leave(())
             raise
         return after
 

@@ -126,15 +126,22 @@ class Job:
         for module in parts.values():
             module.zero_grad(set_to_none=True)
 
-    def leave(self, units: Sequence[Unit]) -> None:
-        """Brings a block back to the host, with the frozen stages that fed it, and frees what only training needed."""
+    def leave(self, units: Sequence[Unit], following: int | None = None) -> None:
+        """Brings a block back to the host, with the frozen stages that fed it, and frees what only training needed.
+
+        The modules of the `following` block, if one is named, are brought to the device, or stay there.
+        """
         for unit in units:
             unit.optimizer = None
             for module in unit.modules():
                 module.eval()
+        coming = [] if following is None else [*self.parts(following).values()]
+        stay = {m for part in coming for m in part.modules()}
+        for module in (*(s.module for s in self.cut.stages), *self.heads):
+            if module not in stay:
                 module.to("cpu")
-        for stage in self.cut.stages:
-            stage.module.to("cpu")
+        for part in coming:
+            placed(part, self.device)
 
     def start_count(self, units: Sequence[Unit]) -> TensorBytes | None:
         """The block's meter on the CPU; on CUDA the allocator counts from here on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -27,32 +28,70 @@ def test_where_inputs_come_from_changes_no_number(tmp_path, tiers):
     assert outcome(go(tmp_path / "disk")) == outcome(go(tmp_path / "run", plan=with_tiers(*tiers)))
 
 
-@pytest.mark.parametrize("tiers", [("recompute", "recompute"), ("recompute", "disk")])
+class OnDevice:
+    """Which modules, and convolutions of which blocks, are on the device, as the calls that move modules have it."""
+
+    def __init__(self, monkeypatch):
+        self.network = runs.Net()
+        self.modules = set()
+        move, place = nn.Module.to, job.placed
+
+        def to(module, *args, **kwargs):
+            self.modules.difference_update(module.modules() if args == ("cpu",) else ())
+            return move(module, *args, **kwargs)
+
+        def placed(module, device):
+            self.modules.update(m for m in module.modules() if not [*m.children()])
+            return place(module, device)
+
+        monkeypatch.setattr(nn.Module, "to", to)
+        monkeypatch.setattr(job, "placed", placed)
+        monkeypatch.setattr(chain, "placed", placed)
+
+    def blocks(self):
+        return {k for k in range(runs.BLOCKS) if self.network.get_submodule(f"features.{k}.0") in self.modules}
+
+
+@pytest.mark.parametrize("tiers", [("recompute", "recompute"), ("recompute", "disk"), ("disk", "ram")])
 def test_no_module_stays_on_the_device_once_its_block_is_done(tmp_path, monkeypatch, tiers):
     """On a GPU they would be bytes that no plan counts, and a model in two places."""
-    there, starts = set(), []
-    move, place = nn.Module.to, job.placed
-
-    def to(module, *args, **kwargs):
-        there.difference_update(module.modules() if args == ("cpu",) else ())
-        return move(module, *args, **kwargs)
-
-    def placed(module, device):
-        there.update(module.modules())
-        return place(module, device)
+    device, starts = OnDevice(monkeypatch), []
 
     def note(position):
         if position[1:] == (0, 0):
-            starts.append({k for k, name in enumerate(names) if network.get_submodule(name) in there})
+            starts.append(device.blocks())
 
-    monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr(job, "placed", placed)
-    monkeypatch.setattr(chain, "placed", placed)
-    network, names = runs.Net(), [f"features.{k}.0" for k in range(runs.BLOCKS)]  # of each stage, the convolution
     with runs.before_steps(note):
-        assert go(tmp_path / "run", network=network, plan=with_tiers(*tiers)).status == "completed"
-    assert starts == [{0}, {0, 1}, {0, 1, 2} if tiers[1] == "recompute" else {2}]
-    assert there == set()
+        assert go(tmp_path / "run", network=device.network, plan=with_tiers(*tiers)).status == "completed"
+    prefixed = [set(range(k)) if tier == "recompute" else set() for k, tier in enumerate(("images", *tiers))]
+    assert starts == [prefix | {k} for k, prefix in enumerate(prefixed)]
+    assert device.modules == set()
+
+
+def test_the_next_weights_come_while_the_last_outputs_are_written(tmp_path, monkeypatch):
+    """The held-out outputs first, with the block that makes them; the last training outputs beside the next block."""
+    device, seen, finish = OnDevice(monkeypatch), [], chain.ActivationCache.finish
+
+    def finished(cache):
+        seen.append((cache.record.name[0], cache.record.block, device.blocks()))
+        finish(cache)
+
+    monkeypatch.setattr(chain.ActivationCache, "finish", finished)
+    assert go(tmp_path / "run", network=device.network).status == "completed"
+    assert seen == [(prefix, k, {k - (prefix == "v")}) for k in range(1, runs.BLOCKS) for prefix in "vx"]
+
+
+def test_a_cache_that_fails_at_its_end_leaves_no_module_on_the_device(tmp_path, monkeypatch):
+    device = OnDevice(monkeypatch)
+
+    def finish(cache):
+        raise OSError(errno.EIO, "as if")
+
+    monkeypatch.setattr(chain.ActivationCache, "finish", finish)
+    with pytest.raises(OSError, match="as if"):
+        go(tmp_path / "run", network=device.network)
+    assert device.modules == set()
+    assert not list((tmp_path / "run").glob("**/*.nfc*"))
 
 
 class Drawn(torch.utils.data.Dataset):
