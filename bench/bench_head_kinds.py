@@ -44,7 +44,7 @@ from nf_engine.models import build
 from nf_engine.partitioner import scaled_lr
 from nf_engine.preprocess import Preprocess
 from nf_engine.stages import Cut, split
-from nf_engine.worker import ImageInputs, learning_rate, set_rate
+from nf_engine.worker import ImageInputs, learning_rate
 
 CPU = torch.device("cpu")
 BACKPROPAGATION = "backpropagation"
@@ -199,7 +199,7 @@ def train_units(units: Sequence[Unit], inputs: ImageInputs, config: TrainConfig,
             step = epoch * per_epoch + k
             rate = learning_rate(step, config.epochs * per_epoch, warmup, scaled_lr(config, batch))
             for unit in units:
-                set_rate(unit, rate)
+                unit.set_rate(rate)
                 x, _ = local_step(unit, x, labels)
 
 

@@ -200,7 +200,8 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
     """While it lasts, a CUDA device computes the same bits in every run; other devices always do.
 
     Raises:
-        ConfigError: cuBLAS was not told to, which has to be done before the program starts.
+        ConfigError: cuBLAS was not told to, which has to be done before the program starts; or the model has an
+            operator that torch cannot run so.
     """
     if not wanted or device.type != "cuda":
         yield
@@ -218,6 +219,12 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
     memory.fill_uninitialized_memory = False  # nothing of ours reads it
     try:
         yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise ConfigError(
+            f"deterministic=True: {str(error).partition(',')[0]}; leave it out, or change the model"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark, memory.fill_uninitialized_memory = cudnn, filled

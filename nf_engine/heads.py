@@ -40,6 +40,7 @@ __all__ = [
 
 KINDS = ("linear", "deep")  # that step without autograd
 LEAST_WIDTH = 16
+STEADY_FEATURES = 128  # of a head's last layer, at which it still takes the whole learning rate
 WIDEST = 4  # filters of a deep head for each channel of h
 Shape = tuple[int, int, int]  # (C, H, W)
 
@@ -119,6 +120,14 @@ class AuxiliaryHead(nn.Module):
         total = rows.sum()
         return (total * scale.reshape(())).masked_fill_(total == 0, 0.0), dh  # scale is inf where no row counts
 
+    def rate_shares(self) -> dict[nn.Parameter, float]:
+        """Of SGD's learning rate, for the parameters that must not take all of it.
+
+        A step of the last layer is stable up to a rate of about 2 / |features|^2, and |features|^2 grows with their
+        number: a pooled 4 x 4 map of 256 channels has 4,096 of them. docs/local_learning.md has what it changes.
+        """
+        return {self.linear_weight: min(1.0, STEADY_FEATURES / self.linear_weight.shape[1])}
+
     def _params(self) -> HeadParams:
         convs, gammas, betas = (
             tuple(m.get_parameter(name) for m in modules)
@@ -142,6 +151,10 @@ class ModuleHead(nn.Module):
         super().__init__()
         self.module = module
         self.smoothing = smoothing
+
+    def rate_shares(self) -> dict[nn.Parameter, float]:
+        """None: one unit over the whole model is to train as backpropagation does."""
+        return {}
 
     def forward(self, h: Tensor) -> Tensor:
         """module(h), in h's dtype."""

@@ -8,7 +8,7 @@ Source: decoupled greedy learning, https://arxiv.org/abs/1901.08164; NeuroFlux, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from nf_engine.config import TrainConfig
 from nf_engine.ops import IGNORE_INDEX
 from nf_engine.precision import LossScale
 from nf_engine.recompute import Body
+
+SHARE = "share"  # key of an optimiser's group: of the learning rate
 
 
 class Unit:
@@ -34,9 +36,16 @@ class Unit:
 
     def prepare(self, config: TrainConfig) -> None:
         """Makes what a training needs beside the modules, on the device where they are now."""
-        self.optimizer = make_optimizer(self.parameters(), config)
+        shares: dict[nn.Parameter, float] = self.head.rate_shares()  # type: ignore[operator]
+        self.optimizer = make_optimizer(self.parameters(), config, shares)
         self.loss_scale = LossScale(self.optimizer) if config.compute_dtype == "fp16" else None
         self.compiles = config.compile
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step, where it is not recorded."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group[SHARE]
 
     def forget_step(self) -> None:
         """Drops what a step that broke off has left: gradients, and a loss scale between two of its calls."""
@@ -59,9 +68,20 @@ class Unit:
         return [*self.parameters(), *(b for m in self.modules() for b in m.buffers()), *kept, *scale]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured optimiser, fused: no temporary copies of the gradients, one pass over the weights."""
-    trained = [p for p in parameters if p.requires_grad]
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, shares: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
+    """The configured optimiser, fused: no temporary copies of the gradients, one pass over the weights.
+
+    shares: of SGD's learning rate that a parameter takes, its group's SHARE; all of it where none is named. AdamW's
+        steps are as large whatever the gradient is.
+    """
+    by_share: dict[float, list[nn.Parameter]] = {}
+    named = shares if shares is not None and config.optimizer == "sgd" else {}
+    for p in parameters:
+        if p.requires_grad:
+            by_share.setdefault(named.get(p, 1.0), []).append(p)
+    trained = [{"params": group, SHARE: share, "lr": config.lr * share} for share, group in by_share.items()]
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, **options)

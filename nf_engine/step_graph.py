@@ -20,14 +20,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nf_engine.compiler import Compiler, reason_of
 from nf_engine.device import room_bytes
-from nf_engine.local_step import Unit, train_block
+from nf_engine.local_step import SHARE, Unit, train_block
 
 WARM_UP = 3  # eager steps before the recording, as torch's documentation has it
 
@@ -128,12 +128,17 @@ class StepGraph:
         self._units, self._losses, self._recorder = units, losses, recorder
         self._to_warm = WARM_UP
         self._inputs: tuple[Tensor, Tensor] | None = None
-        self.rate = torch.zeros((), device=losses.device)  # float32: what fused optimisers read on a GPU
+        self._rates: dict[float, Tensor] = {}  # of each share, float32: what fused optimisers read on a GPU
         for group in _groups(units):
-            group["lr"] = self.rate
+            group["lr"] = self._rates.setdefault(group[SHARE], torch.zeros((), device=losses.device))
         for unit in units:
             if unit.compiles:
                 unit.body.run = recorder.compiler.run
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step, recorded or not."""
+        for share, tensor in self._rates.items():
+            tensor.fill_(rate * share)
 
     def __call__(self, x: Tensor, labels: Tensor) -> bool:
         """Trains on one batch by a replay; False: not yet or not at all, the step is the caller's to run.
@@ -177,7 +182,7 @@ class StepGraph:
             self._recorder.release()
 
 
-def _groups(units: Sequence[Unit]) -> Iterator[dict[str, object]]:
+def _groups(units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
     for unit in units:
         assert unit.optimizer is not None
         yield from unit.optimizer.param_groups

@@ -343,10 +343,10 @@ def train_epochs(
                     between(epoch, step, losses)
                 rate = learning_rate(epoch * per_epoch + step, steps, warmup, plan.lr)
                 if graph is not None:
-                    graph.rate.fill_(rate)
+                    graph.set_rate(rate)
                 else:
                     for unit in units:
-                        set_rate(unit, rate)
+                        unit.set_rate(rate)
                 seed_step(device, config.seed, block, epoch, step)
                 yield next(source)
 
@@ -382,12 +382,6 @@ def seed_step(device: torch.device, seed: int, block: int, epoch: int, step: int
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(key)
-
-
-def set_rate(unit: Unit, rate: float) -> None:
-    assert unit.optimizer is not None
-    for group in unit.optimizer.param_groups:
-        group["lr"] = rate
 
 
 @dataclass(frozen=True)
@@ -456,6 +450,5 @@ __all__ = [
     "learning_rate",
     "pass_key",
     "seed_step",
-    "set_rate",
     "train_epochs",
 ]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_engine.device import capped, free_bytes, room_bytes
+from nf_engine.device import capped, deterministic, free_bytes, room_bytes
+from nf_engine.errors import ConfigError
 
 CUDA = torch.device("cuda", 0)
 GIB = 2**30
@@ -135,3 +136,12 @@ def test_on_the_cpu_there_is_no_cap():
     with capped(torch.device("cpu"), 1) as cap:
         assert cap is None
     assert room_bytes(torch.device("cpu")) == pytest.approx(free_bytes(torch.device("cpu")), rel=0.2)
+
+
+def test_an_operator_that_is_never_deterministic_is_a_matter_of_the_configuration(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with pytest.raises(ConfigError, match="deterministic=True: put_ does not have"), deterministic(CUDA, True):
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+    with pytest.raises(RuntimeError, match="another"), deterministic(CUDA, True):
+        raise RuntimeError("another")
+    assert not torch.are_deterministic_algorithms_enabled()

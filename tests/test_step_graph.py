@@ -64,7 +64,7 @@ def units_of(config, seed=0):
     second = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU())
     classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     units = [
-        Unit("first", [first], AuxiliaryHead(HeadSpec("deep", 2, width=16, depth=1), 8, 8, 8, 10, seed=1)),
+        Unit("first", [first], AuxiliaryHead(HeadSpec("deep", 4, width=16, depth=1), 8, 8, 8, 10, seed=1)),
         Unit("second", [second], ModuleHead(classifier)),
     ]
     for unit in units:
@@ -93,7 +93,7 @@ def trained(config, recorder, count, dtype=torch.float32, seed=0):
     states = []
     torch.manual_seed(11)
     for batch, rate in zip(batches_of(count, dtype=dtype), rates(count), strict=True):
-        graph.rate.fill_(rate)
+        graph.set_rate(rate)
         assert train_block(units, [batch], losses, graph) == 1
         states.append([t.detach().clone() for u in units for t in u.tensors()] + [losses.clone()])
     return units, states
@@ -123,7 +123,7 @@ def test_the_rate_as_a_tensor_gives_the_bits_of_the_same_number(optimizer):
     for (x, labels), rate in zip(batches_of(7), rates(7), strict=True):
         for unit in plain:
             for group in unit.optimizer.param_groups:
-                group["lr"] = torch.tensor(rate).item()  # rounded to float32, as the tensor holds it
+                group["lr"] = torch.tensor(rate * group["share"]).item()  # rounded to float32, as the tensor holds it
             x, _ = local_step(unit, x, labels)
     for ours, theirs in zip(units, plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True))
@@ -184,7 +184,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_own_steps():
         for k, (x, labels) in enumerate(batches_of(5, seed=epoch)):
             seed_step(CPU, config.seed, 0, epoch, k)  # the units drop out
             for u, unit in enumerate(units):
-                unit.optimizer.param_groups[0]["lr"] = learning_rate(5 * epoch + k, 10, 0, 0.1)
+                unit.set_rate(learning_rate(5 * epoch + k, 10, 0, 0.1))
                 x, loss = local_step(unit, x, labels)
                 sums[u] += loss.item()
         expected.append([v / 5 for v in sums])
@@ -200,22 +200,21 @@ def test_the_recorded_optimisers_read_the_rate_of_every_step():
     class Reads(StandIn):
         def replay(self):
             super().replay()
-            found.append(self.rate.item())
+            found.append([rate.item() for rate in self.rates])
 
     recorder = Reads()
     made = StepGraph.__init__
 
     def noted(graph, units, losses, given):
         made(graph, units, losses, given)
-        given.rate = graph.rate
-        assert {id(g["lr"]) for u in units for g in u.optimizer.param_groups} == {id(graph.rate)}
+        given.rates = [g["lr"] for g in units[0].optimizer.param_groups]  # of the weights, and of a wide head's layer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepGraph, "__init__", noted)
         run_epochs(config, recorder)
-    expected = [torch.tensor(learning_rate(k, 10, 2, 0.1)).item() for k in range(WARM_UP, 10)]
-    assert found == expected
-    assert len(set(found)) == len(found)
+    rates = [learning_rate(k, 10, 2, 0.1) for k in range(WARM_UP, 10)]
+    assert found == [torch.tensor([rate, rate * 128 / 256]).tolist() for rate in rates]  # 16 filters on 4 x 4 cells
+    assert len({rate for rate, _ in found}) == len(found)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
@@ -318,7 +317,7 @@ def test_a_block_without_memory_for_a_recording_stays_eager_and_the_next_one_is_
     recorder = StandIn(fails=fail)
     units, losses = units_of(TrainConfig()), torch.zeros(2)
     graph = StepGraph(units, losses, recorder)
-    graph.rate.fill_(TrainConfig().lr)
+    graph.set_rate(TrainConfig().lr)
     torch.manual_seed(5)
     train_block(units, batches_of(7), losses, graph)
     assert (recorder.records, recorder.replays, recorder.refusal) == (1, 0, None)
