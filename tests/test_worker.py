@@ -294,8 +294,9 @@ def test_counter_keys_differ_by_every_part():
 
 @pytest.mark.parametrize(("channels", "share"), [(8, 1.0), (32, 0.25)])  # on 4 x 4 cells: 128 and 512 features
 def test_the_last_layer_of_a_wide_head_takes_a_share_of_the_rate(channels, share):
-    """By hand, in float64: from zero weights all probabilities are 1 / K, and SGD's first step is rate * (1 + 0.9) * g."""
-    unit = Unit("u", [nn.Identity()], AuxiliaryHead(HeadSpec("linear", 4), channels, 4, 4, 10, smoothing=0.1, seed=0))
+    """By hand, in float64: zero weights give 1 / K to each class, and SGD begins with rate * (1 + 0.9) * gradient."""
+    head = AuxiliaryHead(HeadSpec("linear", 4), channels, 4, 4, 10, smoothing=0.1, seed=0)
+    unit = Unit("u", [nn.Identity()], head)
     unit.prepare(TrainConfig(weight_decay=0.0, momentum=0.9))
     unit.set_rate(0.5)
     x, labels = torch.rand(6, channels, 4, 4), torch.arange(6)
