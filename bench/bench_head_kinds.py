@@ -194,12 +194,13 @@ def train_units(units: Sequence[Unit], inputs: ImageInputs, config: TrainConfig,
     """Some epochs of one block; the units' learning rate warms up for one epoch, then falls by a cosine."""
     per_epoch = inputs.samples // batch
     warmup = round(per_epoch * min(config.warmup_epochs, config.epochs / 2))
+    peak = scaled_lr(config, batch)
     for epoch in range(config.epochs):
         for k, (x, labels) in enumerate(inputs.train(epoch, batch)):
             step = epoch * per_epoch + k
-            rate = learning_rate(step, config.epochs * per_epoch, warmup, scaled_lr(config, batch))
+            rate = learning_rate(step, config.epochs * per_epoch, warmup, peak)
             for unit in units:
-                unit.set_rate(rate)
+                unit.set_rate(rate, peak)
                 x, _ = local_step(unit, x, labels)
 
 

@@ -40,7 +40,7 @@ __all__ = [
 
 KINDS = ("linear", "deep")  # that step without autograd
 LEAST_WIDTH = 16
-STEADY_FEATURES = 128  # of a head's last layer, at which it still takes the whole learning rate
+STEADY = 20.0  # most peak rate of a head's last layer times its features: docs/local_learning.md
 WIDEST = 4  # filters of a deep head for each channel of h
 Shape = tuple[int, int, int]  # (C, H, W)
 
@@ -120,13 +120,13 @@ class AuxiliaryHead(nn.Module):
         total = rows.sum()
         return (total * scale.reshape(())).masked_fill_(total == 0, 0.0), dh  # scale is inf where no row counts
 
-    def rate_shares(self) -> dict[nn.Parameter, float]:
-        """Of SGD's learning rate, for the parameters that must not take all of it.
+    def most_rates(self) -> dict[nn.Parameter, float]:
+        """The largest peak of SGD's learning rate for parameters that have one.
 
-        A step of the last layer is stable up to a rate of about 2 / |features|^2, and |features|^2 grows with their
-        number: a pooled 4 x 4 map of 256 channels has 4,096 of them. docs/local_learning.md has what it changes.
+        A step of the last layer is stable up to a rate of about 2 / |features|^2, whatever the batch, and |features|^2
+        grows with their number: a pooled 4 x 4 map of 256 channels has 4,096 of them.
         """
-        return {self.linear_weight: min(1.0, STEADY_FEATURES / self.linear_weight.shape[1])}
+        return {self.linear_weight: STEADY / self.linear_weight.shape[1]}
 
     def _params(self) -> HeadParams:
         convs, gammas, betas = (
@@ -152,7 +152,7 @@ class ModuleHead(nn.Module):
         self.module = module
         self.smoothing = smoothing
 
-    def rate_shares(self) -> dict[nn.Parameter, float]:
+    def most_rates(self) -> dict[nn.Parameter, float]:
         """None: one unit over the whole model is to train as backpropagation does."""
         return {}
 

@@ -8,6 +8,7 @@ Source: decoupled greedy learning, https://arxiv.org/abs/1901.08164; NeuroFlux, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from nf_engine.ops import IGNORE_INDEX
 from nf_engine.precision import LossScale
 from nf_engine.recompute import Body
 
-SHARE = "share"  # key of an optimiser's group: of the learning rate
+MOST = "most"  # key of an optimiser's group: its largest peak of the learning rate
 
 
 class Unit:
@@ -36,16 +37,16 @@ class Unit:
 
     def prepare(self, config: TrainConfig) -> None:
         """Makes what a training needs beside the modules, on the device where they are now."""
-        shares: dict[nn.Parameter, float] = self.head.rate_shares()  # type: ignore[operator]
-        self.optimizer = make_optimizer(self.parameters(), config, shares)
+        most: dict[nn.Parameter, float] = self.head.most_rates()  # type: ignore[operator]
+        self.optimizer = make_optimizer(self.parameters(), config, most)
         self.loss_scale = LossScale(self.optimizer) if config.compute_dtype == "fp16" else None
         self.compiles = config.compile
 
-    def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step, where it is not recorded."""
+    def set_rate(self, rate: float, peak: float) -> None:
+        """The learning rate of the next step, of a schedule with this peak, where the step is not recorded."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group[SHARE]
+            group["lr"] = rate * share(group[MOST], peak)
 
     def forget_step(self) -> None:
         """Drops what a step that broke off has left: gradients, and a loss scale between two of its calls."""
@@ -69,23 +70,28 @@ class Unit:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, shares: Mapping[nn.Parameter, float] | None = None
+    parameters: Iterable[nn.Parameter], config: TrainConfig, most: Mapping[nn.Parameter, float] | None = None
 ) -> torch.optim.Optimizer:
     """The configured optimiser, fused: no temporary copies of the gradients, one pass over the weights.
 
-    shares: of SGD's learning rate that a parameter takes, its group's SHARE; all of it where none is named. AdamW's
-        steps are as large whatever the gradient is.
+    most: largest peak of SGD's learning rate for some parameters, the MOST of their group; a schedule with a higher one
+        is scaled down for them. AdamW's steps are as large whatever the gradient is: there it is ignored.
     """
-    by_share: dict[float, list[nn.Parameter]] = {}
-    named = shares if shares is not None and config.optimizer == "sgd" else {}
+    groups: dict[float, list[nn.Parameter]] = {}
+    named = most if most is not None and config.optimizer == "sgd" else {}
     for p in parameters:
         if p.requires_grad:
-            by_share.setdefault(named.get(p, 1.0), []).append(p)
-    trained = [{"params": group, SHARE: share, "lr": config.lr * share} for share, group in by_share.items()]
+            groups.setdefault(named.get(p, math.inf), []).append(p)
+    trained = [{"params": group, MOST: rate, "lr": min(rate, config.lr)} for rate, group in groups.items()]
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, **options)
     return torch.optim.SGD(trained, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+
+
+def share(most: float, peak: float) -> float:
+    """Of a schedule with this peak, for parameters whose rate may rise to `most`."""
+    return 1.0 if peak <= most else most / peak
 
 
 def local_step(unit: Unit, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

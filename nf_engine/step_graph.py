@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nf_engine.compiler import Compiler, reason_of
 from nf_engine.device import room_bytes
-from nf_engine.local_step import SHARE, Unit, train_block
+from nf_engine.local_step import MOST, Unit, share, train_block
 
 WARM_UP = 3  # eager steps before the recording, as torch's documentation has it
 
@@ -128,17 +128,17 @@ class StepGraph:
         self._units, self._losses, self._recorder = units, losses, recorder
         self._to_warm = WARM_UP
         self._inputs: tuple[Tensor, Tensor] | None = None
-        self._rates: dict[float, Tensor] = {}  # of each share, float32: what fused optimisers read on a GPU
+        self._rates: dict[float, Tensor] = {}  # by their MOST, float32: what fused optimisers read on a GPU
         for group in _groups(units):
-            group["lr"] = self._rates.setdefault(group[SHARE], torch.zeros((), device=losses.device))
+            group["lr"] = self._rates.setdefault(group[MOST], torch.zeros((), device=losses.device))
         for unit in units:
             if unit.compiles:
                 unit.body.run = recorder.compiler.run
 
-    def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step, recorded or not."""
-        for share, tensor in self._rates.items():
-            tensor.fill_(rate * share)
+    def set_rate(self, rate: float, peak: float) -> None:
+        """The learning rate of the next step, recorded or not, of a schedule with this peak."""
+        for most, tensor in self._rates.items():
+            tensor.fill_(rate * share(most, peak))
 
     def __call__(self, x: Tensor, labels: Tensor) -> bool:
         """Trains on one batch by a replay; False: not yet or not at all, the step is the caller's to run.

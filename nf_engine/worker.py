@@ -343,10 +343,10 @@ def train_epochs(
                     between(epoch, step, losses)
                 rate = learning_rate(epoch * per_epoch + step, steps, warmup, plan.lr)
                 if graph is not None:
-                    graph.set_rate(rate)
+                    graph.set_rate(rate, plan.lr)
                 else:
                     for unit in units:
-                        unit.set_rate(rate)
+                        unit.set_rate(rate, plan.lr)
                 seed_step(device, config.seed, block, epoch, step)
                 yield next(source)
 

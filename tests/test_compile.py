@@ -105,7 +105,7 @@ def train(units, compiler, dtype=torch.float32, count=STEPS):
     """All state after some steps, and the summed losses."""
     losses = torch.zeros(len(units))
     graph = StepGraph(units, losses, Eager(compiler))
-    graph.set_rate(0.05)
+    graph.set_rate(0.05, 0.1)
     torch.manual_seed(11)
     assert train_block(units, batches_of(dtype, count), losses, graph) == count
     return [*(t.detach() for u in units for t in u.tensors()), losses]

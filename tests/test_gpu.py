@@ -185,7 +185,7 @@ def test_a_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch, optimizer, p
             graph = StepGraph(units, losses, recorder)
             torch.manual_seed(1)
             for k, batch in enumerate(images_of(compute_dtype(config)).train(0, 32)):
-                graph.set_rate(0.1 / (k + 1))
+                graph.set_rate(0.1 / (k + 1), 0.1)
                 train_block(units, [batch], losses, graph)
             found[switch] = [t.detach().cpu() for u in units for t in u.tensors()] + [losses.cpu()]
             recorder.release()
@@ -208,7 +208,7 @@ def test_compiled_steps_are_recorded_and_replayed_bit_for_bit_and_train_as_eager
             recorder = CudaRecorder(CUDA, notes.append)
             graph = StepGraph(units, losses, recorder)
             for k, batch in enumerate(images_of(compute_dtype(config)).train(0, 32)):
-                graph.set_rate(0.1 / (k + 1))
+                graph.set_rate(0.1 / (k + 1), 0.1)
                 train_block(units, [batch], losses, graph)
             found[switch, compiles] = [t.detach().cpu() for u in units for t in u.tensors()] + [losses.cpu()]
             recorder.release()

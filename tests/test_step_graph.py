@@ -93,7 +93,7 @@ def trained(config, recorder, count, dtype=torch.float32, seed=0):
     states = []
     torch.manual_seed(11)
     for batch, rate in zip(batches_of(count, dtype=dtype), rates(count), strict=True):
-        graph.set_rate(rate)
+        graph.set_rate(rate, 0.1)
         assert train_block(units, [batch], losses, graph) == 1
         states.append([t.detach().clone() for u in units for t in u.tensors()] + [losses.clone()])
     return units, states
@@ -123,7 +123,8 @@ def test_the_rate_as_a_tensor_gives_the_bits_of_the_same_number(optimizer):
     for (x, labels), rate in zip(batches_of(7), rates(7), strict=True):
         for unit in plain:
             for group in unit.optimizer.param_groups:
-                group["lr"] = torch.tensor(rate * group["share"]).item()  # rounded to float32, as the tensor holds it
+                share = min(1.0, group["most"] / 0.1)
+                group["lr"] = torch.tensor(rate * share).item()  # rounded to float32, as the tensor holds it
             x, _ = local_step(unit, x, labels)
     for ours, theirs in zip(units, plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True))
@@ -184,7 +185,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_own_steps():
         for k, (x, labels) in enumerate(batches_of(5, seed=epoch)):
             seed_step(CPU, config.seed, 0, epoch, k)  # the units drop out
             for u, unit in enumerate(units):
-                unit.set_rate(learning_rate(5 * epoch + k, 10, 0, 0.1))
+                unit.set_rate(learning_rate(5 * epoch + k, 10, 0, 0.1), 0.1)
                 x, loss = local_step(unit, x, labels)
                 sums[u] += loss.item()
         expected.append([v / 5 for v in sums])
@@ -213,7 +214,8 @@ def test_the_recorded_optimisers_read_the_rate_of_every_step():
         patch.setattr(StepGraph, "__init__", noted)
         run_epochs(config, recorder)
     rates = [learning_rate(k, 10, 2, 0.1) for k in range(WARM_UP, 10)]
-    assert found == [torch.tensor([rate, rate * 128 / 256]).tolist() for rate in rates]  # 16 filters on 4 x 4 cells
+    wide = 20 / 256 / 0.1  # 16 filters on 4 x 4 cells
+    assert found == [torch.tensor([rate, rate * wide]).tolist() for rate in rates]
     assert len({rate for rate, _ in found}) == len(found)
 
 
@@ -317,7 +319,7 @@ def test_a_block_without_memory_for_a_recording_stays_eager_and_the_next_one_is_
     recorder = StandIn(fails=fail)
     units, losses = units_of(TrainConfig()), torch.zeros(2)
     graph = StepGraph(units, losses, recorder)
-    graph.set_rate(TrainConfig().lr)
+    graph.set_rate(TrainConfig().lr, 0.1)
     torch.manual_seed(5)
     train_block(units, batches_of(7), losses, graph)
     assert (recorder.records, recorder.replays, recorder.refusal) == (1, 0, None)
