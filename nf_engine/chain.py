@@ -10,7 +10,6 @@ frozen stages run again, on samples in the order that a cache would have them.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -18,50 +17,44 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nf_engine.config import parse_bytes
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, placed, watched
 from nf_engine.errors import BudgetExceededError, CacheError, CacheStaleError, DiskFullError, StorageError
 from nf_engine.feed import Resident
 from nf_engine.job import Job
 from nf_engine.local_step import Unit
-from nf_engine.manifest import FileEntry, digest_of
-from nf_engine.precision import compute_dtype
+from nf_engine.manifest import FileEntry
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import format_bytes, image_bytes
 from nf_engine.recovery import RECOVERING, asked_bytes, is_out_of_memory
-from nf_engine.storage import ActivationCache, CacheGeometry, CacheRecord, EngineOptions, sample_order
+from nf_engine.run_caches import HELD, TRAIN, RunCaches, once_each
+from nf_engine.storage import ActivationCache, CacheRecord
 from nf_engine.worker import (
     WRITE_STREAM,
     Batch,
     CacheInputs,
     ImageInputs,
     Score,
-    counter_key,
     forward_block,
     forward_prefix,
-    image_order,
 )
 
 log = logging.getLogger(__name__)
 
 Inputs = ImageInputs | CacheInputs
 T = TypeVar("T")
-TRAIN, HELD = "x", "v"  # first letter of a cache's name
 ROWS = 16  # of a cache, computed again when it is opened: the first of a fixed shuffle
 CLOSE = 0.05  # of the rows' norm, beyond twice what their precision explains; a leaky ReLU for a ReLU is 0.08
 
 
 class Chain:
-    """The inputs of all blocks of one run."""
+    """The inputs of all blocks of one run, and what describes them: caches."""
 
     def __init__(self, job: Job) -> None:
-        self._job = job
+        self._job, self.caches = job, RunCaches(job)
         self._resident: Resident | None = None
 
     # --- inputs ---
@@ -71,18 +64,18 @@ class Chain:
         job = self._job
         if number == 0:
             return self._images(job.data, job.train_images), self._images(job.held_out, job.plain)
-        if self._tier(number) == "recompute":
+        if self.caches.tier(number) == "recompute":
             return self.recomputed(number, TRAIN), self.recomputed(number, HELD)
         return self._opened(number) or self._rebuilt(number)
 
     def _images(self, data: ImageData, preprocess: Preprocess) -> ImageInputs:
-        copies = self._copies(1, TRAIN) if data is self._job.data else 1
+        copies = self.caches.copies(1, TRAIN) if data is self._job.data else 1
         return ImageInputs(data, preprocess, self._job.device, self._job.config.seed, copies=copies)
 
     def recomputed(self, number: int, prefix: str) -> ImageInputs:
         """The frozen stages before a block, fed with images, in the order that a cache would give."""
         job, block = self._job, self._job.plan.blocks[number]
-        data = self._data(prefix)
+        data = self.caches.data(prefix)
         return ImageInputs(
             data,
             job.train_images if prefix == TRAIN else job.plain,
@@ -92,9 +85,9 @@ class Chain:
             prefix=[s.module for s in job.cut.stages[: block.first]],
             edges=self._edges(number),
             forward_batch=block.cache.forward_batch,
-            order=_once_each(self._ids(number, prefix)),
-            geometry=self._geometry(number, len(data), 1),
-            copies=self._copies(number + 1, prefix),
+            order=once_each(self.caches.ids(number, prefix)),
+            geometry=self.caches.geometry(number, len(data), 1),
+            copies=self.caches.copies(number + 1, prefix),
             window=block.cache.window,
         )
 
@@ -132,18 +125,18 @@ class Chain:
     def _opened(self, number: int) -> tuple[Inputs, Inputs] | None:
         """From the files of the last commit; None where they are not there, or not what they should be."""
         entries = {e.name[0]: e for e in self._job.folder.manifest_now.of_role("cache") if e.block == number}
-        if self._tier(number) != "disk" or len(entries) < 2:
+        if self.caches.tier(number) != "disk" or len(entries) < 2:
             return None
         opened: list[CacheInputs] = []
         try:
             for prefix in (TRAIN, HELD):
                 record = replace(
-                    self._record(number, prefix, entries[prefix].name), table_sha256=entries[prefix].sha256
+                    self.caches.record(number, prefix, entries[prefix].name), table_sha256=entries[prefix].sha256
                 )
                 cache = ActivationCache.open(
-                    self._job.folder.files, record, device=self._job.device, options=self._options()
+                    self._job.folder.files, record, device=self._job.device, options=self.caches.options()
                 )
-                opened.append(self._reader(number, prefix, cache))
+                opened.append(self.caches.reader(number, prefix, cache))
                 self._check_rows(number, prefix, opened[-1])
         except (CacheError, StorageError) as error:
             for inputs in opened:
@@ -167,7 +160,7 @@ class Chain:
             found = next(iter(batches))
         same = found.copies == found.copies[0]  # (N,)
         ids, stream = found.ids[same], WRITE_STREAM + int(found.copies[0])
-        images, again = (self._data(prefix).batch(ids)[0] for _ in range(2))
+        images, again = (self.caches.data(prefix).batch(ids)[0] for _ in range(2))
         if not torch.equal(images, again):
             return
         x = (job.train_images if prefix == TRAIN else job.plain)(images, ids, stream=stream)
@@ -219,7 +212,7 @@ class Chain:
     ) -> tuple[Inputs, Inputs]:
         """Inputs of the block that follows a finished one, made from its weights; on a disk they are committed."""
         following, batch = number + 1, self._job.plan.blocks[number].batch
-        if self._tier(following) == "recompute":
+        if self.caches.tier(following) == "recompute":
             made: tuple[Inputs, Inputs] = self.recomputed(following, TRAIN), self.recomputed(following, HELD)
             self._commit(following, [])
             return made
@@ -286,7 +279,7 @@ class Chain:
         """All copies, in a fresh random order."""
         job = self._job
         name = f"{prefix}{number:03d}-g{job.folder.next_generation:04d}.nfc"
-        record = self._record(number, prefix, name)
+        record = self.caches.record(number, prefix, name)
         cache = ActivationCache.create(
             job.folder.files,
             record.name,
@@ -297,7 +290,7 @@ class Chain:
             fingerprint=bytes.fromhex(record.fingerprint),
             order_key=record.order_key,
             device=job.device,
-            options=self._options(),
+            options=self.caches.options(),
         )
 
         def write(h: Tensor, b: Batch) -> None:
@@ -321,7 +314,7 @@ class Chain:
             cache.abort()
             raise
         self._job.folder.log("cache_written", name=record.name, tier=record.tier, **asdict(cache.stats()))
-        return self._reader(record.block, record.name[0], cache)
+        return self.caches.reader(record.block, record.name[0], cache)
 
     def _hand_over(self, number: int, units: Sequence[Unit], inputs: Inputs) -> None:
         """The units that have given their last outputs make way on the device for block `number`."""
@@ -362,110 +355,7 @@ class Chain:
                 if record.tier == "disk" and record.name not in {e.name for e in folder.manifest_now.files}:
                     folder.remove(record.name)
 
-    # --- what a cache is ---
-
-    def _tier(self, number: int) -> str:
-        return self._job.plan.blocks[number].cache.tier
-
-    def _data(self, prefix: str) -> ImageData:
-        return self._job.data if prefix == TRAIN else self._job.held_out
-
-    def _copies(self, number: int, prefix: str) -> int:
-        """Copies of the data set in the cache before a block: as many as the first cache after the images has."""
-        if prefix == HELD or number >= len(self._job.plan.blocks):
-            return 1
-        if number > 1 and self._tier(number - 1) != "recompute":
-            return self._copies(number - 1, prefix)
-        return self._job.plan.blocks[number].cache.copies
-
-    def _geometry(self, number: int, samples: int, copies: int) -> CacheGeometry:
-        shape = self._job.cut.stages[self._job.plan.blocks[number].first - 1].output_shape
-        dtype = self._job.config.stored_dtype
-        return CacheGeometry(sample_shape=shape, dtype=dtype, samples=samples, copies=copies, channels_last=True)
-
-    def _cache_geometry(self, number: int, prefix: str) -> CacheGeometry:
-        copies = self._copies(number, prefix)
-        return self._geometry(number, len(self._data(prefix)) * copies, copies)
-
-    def _key(self, number: int, prefix: str) -> int:
-        """Key of the order in which the cache before a block is written."""
-        return counter_key(self._job.config.seed, "write", prefix, number)
-
-    def _record(self, number: int, prefix: str, name: str) -> CacheRecord:
-        return CacheRecord(
-            name=name,
-            tier=self._tier(number),
-            geometry=self._cache_geometry(number, prefix),
-            block=number,
-            generation=int(name.rpartition("-g")[2].removesuffix(".nfc")),
-            fingerprint=self._fingerprint(number),
-            order_key=self._key(number, prefix),
-            seed_key=0,
-        )
-
-    def _reader(self, number: int, prefix: str, cache: ActivationCache) -> CacheInputs:
-        job = self._job
-        return CacheInputs(
-            cache,
-            job.config.seed,
-            number,
-            len(self._data(prefix)),
-            self._copies(number, prefix),
-            self._ids(number, prefix),
-            job.plan.blocks[number].cache.window,
-            compute_dtype(job.config),
-        )
-
-    def _ids(self, number: int, prefix: str) -> NDArray[np.int64]:
-        """Sample ids in the order in which a cache before a block holds them, all copies."""
-        before, key = number - 1, self._key(number, prefix)
-        samples = len(self._data(prefix))
-        if before == 0:
-            once = image_order(key, samples)
-        else:
-            ids = self._ids(before, prefix)
-            geometry = self._cache_geometry(before, prefix)
-            if self._tier(before) == "recompute":
-                ids, geometry = _once_each(ids), self._geometry(before, samples, 1)
-            once = ids[sample_order(key, len(ids), geometry, self._job.plan.blocks[before].cache.window)]
-        return np.tile(once, self._copies(number, prefix) * samples // len(once))
-
-    def _fingerprint(self, number: int) -> str:
-        """Of all that decides what a cache before a block holds: settings, images, software, and finished blocks."""
-        now = self._job.folder.manifest_now
-        made_from = {
-            "config": now.config_sha256,
-            "data": now.data_sha256,
-            "env": now.env,
-            "blocks": [(asdict(b)["units"], b.batch, b.lr) for b in self._job.plan.blocks[:number]],
-            "weights": [e.sha256 for e in now.of_role("block") if e.block < number],
-        }
-        return digest_of(json.dumps(made_from, sort_keys=True).encode())
-
-    def _options(self) -> EngineOptions:
-        config, probe = self._job.config, self._job.plan.probe
-        options = EngineOptions(
-            pinned_bytes=parse_bytes(config.pinned_bytes, "pinned_bytes"),
-            durable=config.durable_cache,
-            io_timeout=config.io_timeout,
-        )
-        if probe is None:
-            return options
-        return replace(options, write_threads=probe.write_threads, read_threads=probe.read_threads)
-
-    def bytes_after(self, number: int) -> int:
-        """Bytes on the disk of the caches that a block will leave."""
-        following = number + 1
-        if following == len(self._job.plan.blocks) or self._tier(following) != "disk":
-            return 0
-        return sum(self._cache_geometry(following, prefix).file_bytes for prefix in (TRAIN, HELD))
-
 
 def rewind(inputs: Inputs) -> None:
     if isinstance(inputs, CacheInputs):
         inputs.rewind()
-
-
-def _once_each(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ids of one copy, in the order of their first appearance."""
-    return ids[np.sort(np.unique(ids, return_index=True)[1])]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nf_engine.chain import TRAIN, Chain, Inputs, rewind
+from nf_engine.chain import Chain, Inputs, rewind
 from nf_engine.checkpoint import check_finite, load_training, parse, to_bytes, training_state
 from nf_engine.device import TensorBytes, room_bytes, tensor_bytes
 from nf_engine.errors import BudgetExceededError
@@ -26,6 +26,7 @@ from nf_engine.manifest import Position
 from nf_engine.partitioner import scaled_lr
 from nf_engine.records import BlockPlan, CachePlan, Plan, format_bytes
 from nf_engine.recovery import RECOVERING, SHARES, asked_bytes, is_out_of_memory
+from nf_engine.run_caches import TRAIN
 from nf_engine.run_folder import NewFile
 from nf_engine.step_graph import WARM_UP, CudaRecorder, Recorder, StepGraph
 from nf_engine.storage import ActivationCache
@@ -96,7 +97,7 @@ class Trainer:
             job.begin_again(number)
         units = job.units(number)
         start = self._restored(number, units)
-        job.folder.reserve(self._chain.bytes_after(number) + state_bytes(units))
+        job.folder.reserve(self._chain.caches.bytes_after(number) + state_bytes(units))
         counter = job.start_count(units)
         try:
             self._train(number, block, units, inputs, held, counter, start)

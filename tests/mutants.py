@@ -162,7 +162,7 @@ MUTANTS = [
         ),
     ),
     *of(
-        "chain.py",
+        "run_caches.py",
         f"{CACHES} -k each_input",
         ("fingerprint: settings", '            "config": now.config_sha256,\n', ""),
         ("fingerprint: images", '            "data": now.data_sha256,\n', ""),

@@ -72,9 +72,22 @@ ALLOWED: dict[str, set[str]] = {
     "job": {
         *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "run_folder", "stages", "worker"),
     },
-    "chain": {"data", "feed", "job", "local_step", "manifest", "preprocess", "recovery", "storage", "worker"},
+    "run_caches": {"data", "job", "manifest", "precision", "storage", "worker"},
+    "chain": {
+        *("data", "feed", "job", "local_step", "manifest", "preprocess", "recovery", "run_caches", "storage", "worker"),
+    },
     "trainer": {
-        *("chain", "checkpoint", "job", "local_step", "manifest", "partitioner", "recovery", "run_folder"),
+        *(
+            "chain",
+            "checkpoint",
+            "job",
+            "local_step",
+            "manifest",
+            "partitioner",
+            "recovery",
+            "run_caches",
+            "run_folder",
+        ),
         *("step_graph", "storage", "tiers", "worker"),
     },
     "controller": {

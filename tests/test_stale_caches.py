@@ -17,9 +17,9 @@ import small_runs as runs
 import torch
 
 from nf_engine import engine
-from nf_engine.chain import Chain
 from nf_engine.errors import CacheCorruptError
 from nf_engine.manifest import FORMAT, FileEntry, Manifest, Position
+from nf_engine.run_caches import RunCaches
 
 go, cut_after, outcome, events = runs.go, runs.cut_after, runs.outcome, runs.events
 IN_BLOCK_1, IN_BLOCK_2 = 11, 19  # steps after which a run is cut
@@ -70,9 +70,8 @@ TRAIN = FileEntry("c0000007.safetensors", "train", 2, 9, DIGESTS[5])
 
 
 def fingerprint(manifest=MANIFEST, plan=PLAN, number=2, **beside):
-    return Chain(SimpleNamespace(folder=SimpleNamespace(manifest_now=manifest), plan=plan, **beside))._fingerprint(
-        number
-    )
+    job = SimpleNamespace(folder=SimpleNamespace(manifest_now=manifest), plan=plan, **beside)
+    return RunCaches(job).fingerprint(number)
 
 
 def with_block(number, **changes):
