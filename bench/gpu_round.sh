@@ -49,6 +49,10 @@ declare -A run=(
     [cache]="bench cache cache"
     [recompute]="bench cache_vs_recompute cache_vs_recompute --quick"
     [train]="train"
+    [memory]="bench memory memory --device cuda --width 1 --precision bf16-mixed"
+    [memory-expandable]="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True bench memory memory_expandable --device cuda --width 1 --precision bf16-mixed"
+    [lines-fp32]="bench lines lines_fp32 --device cuda"
+    [lines-bf16]="bench lines lines_bf16 --device cuda --precision bf16-mixed"
     [step-fp32]="bench step step_fp32 --device cuda"
     [step-bf16]="bench step step_bf16 --device cuda --precision bf16-mixed"
     [highres]="bench highres highres --width 1 --budget 8GiB --step 64 --most 8192"
@@ -57,8 +61,8 @@ declare -A run=(
     [peers-vgg19]="peers vgg19-64-200 20000"
     [peers-large]="peers resnet18-224-100 5000"
 )
-order=(machine tests tests-broken tests-heads tests-heads-real step-bf16 step-fp32 heads-bf16 heads-fp32 train peers-vgg16 peers-resnet18
-    heads-share overlap heads-autotune memcheck racecheck cache recompute highres peers-vgg19 peers-large)
+order=(machine tests tests-broken tests-heads tests-heads-real step-bf16 step-fp32 heads-bf16 heads-fp32 train memory peers-vgg16 peers-resnet18
+    memory-expandable lines-bf16 lines-fp32 heads-share overlap heads-autotune memcheck racecheck cache recompute highres peers-vgg19 peers-large)
 
 # One part of the comparison with peers; generated images of as many samples as said. Call it again until nothing is left.
 peers() {

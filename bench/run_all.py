@@ -23,6 +23,7 @@ BENCHES = (
     "step",
     "training",
     "memory",
+    "lines",
     "peers",
     "highres",
     "cache",

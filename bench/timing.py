@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,15 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    """Of what computes; CUDA's, cuDNN's and the driver's where there is a GPU."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    with suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    if torch.cuda.is_available():
+        driver = Path("/proc/driver/nvidia/version")
+        lines = driver.read_text(encoding="utf-8").splitlines() if driver.exists() else ["unknown"]
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version()), "driver": lines[0]}
+    return found
 
 
 def commit() -> str:

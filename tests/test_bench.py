@@ -65,15 +65,23 @@ def test_the_last_line_is_the_whole_document(capsys):
     assert set(document) == {"machine", "versions", "commit", "arguments", "rows", "checks"}
     assert (document["rows"], document["checks"]) == (rows, checks)
     assert document["arguments"] == {"quick": True, "data": "idx:DIR", "threads": 1}
-    assert document["versions"] == {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    assert document["versions"].items() >= versions.items()
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["cpu"]
     assert lines[:-1] == ["check: time: 1.5 (target <= 2): True", "check: gpu time: None (target < 1): None"]
+
+
+def test_the_versions_hold_those_of_a_gpu(monkeypatch):
+    here = timing.versions()
+    assert not {"cuda", "cudnn", "driver"} & here.keys() or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = timing.versions()
+    assert found.pop("driver")
+    assert found.pop("cudnn")
+    assert found == here | {"cuda": "13.0"}
 
 
 def test_the_commit_is_the_repositorys_with_a_word_on_changes(capsys):
@@ -159,6 +167,7 @@ def test_all_benches_run_in_turn_with_the_same_data(benches, tmp_path):
             "step",
             "training",
             "memory",
+            "lines",
             "peers",
             "highres",
             "cache",
@@ -186,6 +195,7 @@ def test_one_table_shows_checks_and_micro_medians(benches, tmp_path, capsys):
         ["training", "time", "1.5", "<=", "2", "yes"],
         ["memory", "time", "1.5", "<=", "2", "yes"],
         ["memory", "gpu", "-", "<", "1", "-"],
+        ["lines", "time", "1.5", "<=", "2", "yes"],
         ["peers", "time", "1.5", "<=", "2", "yes"],
         ["highres", "time", "1.5", "<=", "2", "yes"],
         ["cache", "time", "1.5", "<=", "2", "yes"],
