@@ -239,6 +239,9 @@ class Workload:
         plan, times, exit = done.plan, done.timings, done.exits[done.select_exit(max_drop=0.01)]
         blocks = [[h["seconds"] for h in done.history if h["block"] == k] for k in range(len(plan.blocks))]
         stored = [b.cache.bytes for b in plan.blocks if b.cache.tier in ("device", "ram", "disk")]
+        steps = [len(self.data) // b.batch * b.batch for b in plan.blocks]
+        per_sample = [steady(seconds) / n for seconds, n in zip(blocks, steps, strict=True)]
+        per_sample.append(times["cache_write"] / config.epochs / len(self.data))
         training = times["train"] + times["score"] + times["cache_write"]
         return {
             "fits": True,
@@ -246,7 +249,7 @@ class Workload:
             "tiers": [b.cache.tier for b in plan.blocks],
             "batches": [b.batch for b in plan.blocks],
             "epoch_seconds": training / config.epochs,
-            "images_per_second": len(self.data) / sum(map(steady, blocks)),
+            "images_per_second": 1 / sum(per_sample),
             "seconds": times["plan"] + training,
             "plan_seconds": times["plan"],
             "curve": curve.points,

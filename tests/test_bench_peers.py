@@ -272,14 +272,14 @@ def test_what_is_not_reached_in_time_counts_against_the_one_that_missed_it():
     assert bench_peers.checks(rows, 0)[name]["value"] == 0.0
 
 
-def test_epoch_times_at_equal_batch_and_under_equal_budgets():
+def test_times_of_an_image_at_equal_batch_and_under_equal_budgets():
     rows = [
-        row("backpropagation", "none", epoch_seconds=2.0),
-        row("checkpointed", epoch_seconds=4.0),
-        ours("windows", epoch_seconds=3.0),
-        ours("windows, full batch", batches=[128, 128], epoch_seconds=2.5),
-        ours("windows, full batch", "0.6", batches=[128, 128], budget_bytes=300, epoch_seconds=9.0),  # it all fits
-        ours("windows", "tight", batches=[8], epoch_seconds=9.0, peak=41),
+        row("backpropagation", "none", images_per_second=500.0),
+        row("checkpointed", images_per_second=300.0),
+        ours("windows", images_per_second=400.0),
+        ours("windows, full batch", batches=[128, 128], images_per_second=400.0),
+        ours("windows, full batch", "0.6", batches=[128, 128], budget_bytes=300, images_per_second=1.0),  # it all fits
+        ours("windows", "tight", batches=[8], images_per_second=1.0, peak=41),
     ]
     checks = bench_peers.checks(rows, 3)
     assert [c["value"] for c in checks.values()][:4] == [1, 3, 1.25, 0.75]
