@@ -93,5 +93,6 @@ def flops_of(module: nn.Module, shape: tuple[int, ...]) -> int:
     with FakeCopyMode(fake):
         module = copy.deepcopy(module).eval()
     with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.empty(1, *shape))
+        where = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        module(torch.empty(1, *shape, device=where))
     return int(counter.get_total_flops())

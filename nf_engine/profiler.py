@@ -25,6 +25,7 @@ from nf_engine.ops import head_path
 from nf_engine.precision import compute_dtype, forward
 from nf_engine.preprocess import Preprocess
 from nf_engine.records import HeadProfile, HeadSpec, Line, Profile, StageProfile
+from nf_engine.recovery import is_out_of_memory
 from nf_engine.seconds import with_seconds
 from nf_engine.stages import Cut
 from nf_engine.unit_heads import chw, head_specs, make_head
@@ -122,11 +123,11 @@ def _profile_stage(
                 "loose": 0 if p["saves_output"] else p["output"],
             }
 
-        points = _while_memory_lasts(point, batches, stage.name, device)
+        points = _where_memory_lasts(point, batches, f"stage {stage.name}", device)
         optimizer = _optimizer_state(copies[0], config)
 
     def line(key: str) -> Line:
-        return fit_bytes(batches[: len(points)], [p[key] for p in points])
+        return fit_bytes([*points], [p[key] for p in points.values()])
 
     module = stage.module
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -149,7 +150,7 @@ def _profile_stage(
         rerun_seconds=None,
         head=head,
     )
-    return record, bool(points[0]["saves_output"])
+    return record, bool(next(iter(points.values()))["saves_output"])
 
 
 def _stage_bytes(module: nn.Module, x: Tensor, counter: Meter) -> dict[str, float]:
@@ -215,14 +216,14 @@ def _profile_head(
     with copies_of([head], device) as (copies, counter):
         optimizer = _optimizer_state(copies[0], config)
         if path != "autograd":  # closed forms, which a test holds to the meter; units are measured whole later
-            peaks = [float(head_bytes(spec, shape, cut.classes, b, dtype.itemsize, path)) for b in batches]
+            peaks = {b: float(head_bytes(spec, shape, cut.classes, b, dtype.itemsize, path)) for b in batches}
         else:
 
             def peak(batch: int) -> float:
                 h = ones(batch, shape, where, dtype)
                 return _head_peak(copies[0], h, torch.zeros(batch, dtype=torch.int64, device=where), counter)
 
-            peaks = _while_memory_lasts(peak, batches, cut.stages[stage].name, device)
+            peaks = _where_memory_lasts(peak, batches, f"the head of stage {cut.stages[stage].name}", device)
     trained = [p for p in head.parameters() if p.requires_grad]
     return HeadProfile(
         spec=spec,
@@ -231,7 +232,7 @@ def _profile_head(
         optimizer=optimizer,
         parameters=sum(p.numel() for p in head.parameters()),
         flops=flops_of(cut.classifier, shape) if spec.kind == "classifier" else head_flops(spec, shape, cut.classes),
-        transient=fit_bytes(batches[: len(peaks)], peaks),
+        transient=fit_bytes([*peaks], [*peaks.values()]),
         path=path,
         seconds=None,
     )
@@ -262,44 +263,56 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return tensor_bytes(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
 
 
-def _while_memory_lasts(
+def _where_memory_lasts(
     measure: Callable[[int], T], batches: Sequence[int], name: str, device: torch.device
-) -> list[T]:
-    """measure(batch) for each batch, up to the first that runs out of memory; two points make a line.
+) -> dict[int, T]:
+    """measure(batch) for each of the ascending batches up to the first that runs out of memory.
+
+    Two points make a line: where there are fewer, that first batch is halved until there are, or it is one sample.
 
     Raises:
-        BudgetError: not even two batch sizes fit the device.
+        BudgetError: not even one sample fits the device.
     """
-    points: list[T] = []
-    for batch in batches:
+    points: dict[int, T] = {}
+
+    def fits(batch: int) -> bool:
         try:
-            points.append(measure(batch))
-        except torch.OutOfMemoryError:
-            if len(points) >= 2:
-                break
-            free = free_bytes(device)
-            raise BudgetError(
-                f"stage {name} ran out of memory while it was profiled at batch {batch}, {free} bytes are free; "
-                "free some, or profile with smaller batch_sizes",
-                stage=name,
-                need=free + 1,
-                budget=free,
-            ) from None
-    return points
+            points[batch] = measure(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return batch in points
+
+    batch = next((b for b in batches if not fits(b)), 0)
+    while batch > 1 and len(points) < 2:
+        batch //= 2
+        if batch not in points:
+            fits(batch)
+    if not points:
+        free = free_bytes(device)
+        raise BudgetError(
+            f"{name} ran out of memory while it was profiled with one sample, {free} bytes are free; free some, or "
+            "use smaller images",
+            stage=name,
+            need=free + 1,
+            budget=free,
+        )
+    return dict(sorted(points.items()))
 
 
 def _loading(cut: Cut, preprocess: Preprocess, uint8: bool, batches: Sequence[int], device: torch.device) -> Line:
     """Peak of a batch of images on its way to the first stage."""
-    peaks = []
     kind = torch.uint8 if uint8 else torch.float32
     preprocess = copy.copy(preprocess)  # its constants are made where it runs, here perhaps as fake tensors
     with copies_of([], device) as (_, counter):
         where = device if device.type == "cuda" else torch.device("cpu")
-        for batch in batches:
+
+        def peak(batch: int) -> float:
             base = counter.now
             counter.reset()
             images = torch.ones(batch, *cut.input_shape, dtype=kind, device=where)
-            x = preprocess(images, torch.arange(batch), stream=0)
-            peaks.append(counter.peak - base)
-            del images, x
-    return fit_bytes(batches, peaks)
+            preprocess(images, torch.arange(batch), stream=0)
+            return counter.peak - base
+
+        peaks = _where_memory_lasts(peak, batches, "a batch of images", device)
+    return fit_bytes([*peaks], [*peaks.values()])

@@ -62,7 +62,9 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"local_step"},
     "recovery": set(),
     "worker": {"codec", "data", "feed", "local_step", "preprocess", "step_graph", "storage"},
-    "profiler": {"heads", "instruments", "local_step", "ops", "preprocess", "seconds", "stages", "unit_heads"},
+    "profiler": {
+        *("heads", "instruments", "local_step", "ops", "preprocess", "recovery", "seconds", "stages", "unit_heads"),
+    },
     "peaks": {"codec", "instruments", "local_step", "preprocess", "stages", "unit_heads", "worker"},
     "tier_probe": {"cache_format", "seconds", "storage"},
     "planner": {

@@ -118,29 +118,56 @@ def test_profiling_leaves_weights_buffers_gradients_and_random_state_alone(devic
     assert network.training
 
 
-@pytest.mark.parametrize("call", [1, 3, 7, 8])
-def test_running_out_of_memory_half_way_changes_nothing(monkeypatch, call):
+@pytest.mark.parametrize(
+    ("most", "measured"), [(600, [8, 64, 512]), (100, [8, 64]), (20, [8, 16]), (7, [2, 4]), (3, [1, 2]), (1, [1])]
+)
+def test_a_device_that_holds_few_samples_of_a_stage_is_profiled_with_fewer(monkeypatch, most, measured):
     network = build("vgg11", width=0.125)
-    before = state_hash(network)
-    real, calls = profiler._stage_bytes, []
+    before, (_, _, whole) = state_hash(network), profile_of(network, batch_sizes=(8, 64, 512))
+    real, sizes = profiler._stage_bytes, []
 
-    def fails(*args):
-        calls.append(args)
-        if len(calls) == call:
+    def fails(module, x, counter):
+        if len(x) > most:
             raise torch.OutOfMemoryError("out of memory, in a test")
-        return real(*args)
+        sizes.append(len(x))
+        return real(module, x, counter)
 
     monkeypatch.setattr(profiler, "_stage_bytes", fails)
-    if call == 3:  # the third batch size of the first stage: two points make a line
-        _, _, made = profile_of(network)
-        assert made.stages[0].kept.per_sample > 0
-    else:
-        with pytest.raises(
-            BudgetError, match=r"stage features\.\d ran out of memory while it was profiled at batch \d+"
-        ):
-            profile_of(network)
-        assert len(calls) == call
+    _, _, made = profile_of(network, batch_sizes=(8, 64, 512))
+    count = len(made.stages)
+    assert sorted(sizes) == sorted(measured * count)
+    for few, many in zip(made.stages, whole.stages, strict=True):
+        assert few.kept.at(max(measured)) == pytest.approx(many.kept.at(max(measured)), rel=0.05)
     assert state_hash(network) == before
+
+
+def test_a_device_without_room_for_one_sample_is_an_error_that_names_the_stage(monkeypatch):
+    network = build("vgg11", width=0.125)
+    before = state_hash(network)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("out of memory, in a test")
+
+    monkeypatch.setattr(profiler, "_stage_bytes", fails)
+    with pytest.raises(BudgetError, match=r"stage features\.\d ran out of memory while it was profiled with one sample"):
+        profile_of(network)
+    assert state_hash(network) == before
+
+
+def test_an_error_that_is_not_of_memory_is_passed_on(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("another")
+
+    monkeypatch.setattr(profiler, "_stage_bytes", fails)
+    with pytest.raises(RuntimeError, match="another"):
+        profile_of(build("vgg11", width=0.125))
+
+
+def test_flops_are_counted_wherever_the_weights_are():
+    """3 x 3 kernels from 3 to 8 maps of 4 x 4, each multiply-add two operations; the norm counts none."""
+    stage = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    assert flops_of(stage, (3, 4, 4)) == 2 * 9 * 3 * 8 * 16
+    assert flops_of(stage.to("meta"), (3, 4, 4)) == 2 * 9 * 3 * 8 * 16
 
 
 def test_the_meter_agrees_with_torchs_memory_tracker():
