@@ -293,8 +293,10 @@ class Chain:
             options=self.caches.options(),
         )
 
+        labels = self.caches.data(prefix).labels  # asking the device for the batch's would wait for its maps
+
         def write(h: Tensor, b: Batch) -> None:
-            cache.append(h, b.labels.cpu(), b.ids, b.copies)
+            cache.append(h, labels.index_select(0, b.ids), b.ids, b.copies)
 
         try:
             with closing(watched(inputs.once(batch, record.order_key), counter)) as batches:
@@ -318,10 +320,9 @@ class Chain:
 
     def _hand_over(self, number: int, units: Sequence[Unit], inputs: Inputs) -> None:
         """The units that have given their last outputs make way on the device for block `number`."""
-        self._resident = None
-        if isinstance(inputs, ImageInputs):
-            inputs.feed = None
-        self._job.leave(units, number)
+        self.evict(inputs)
+        self._job.leave(units)
+        self._job.bring(number)
 
     def _commit(self, number: int, records: Sequence[CacheRecord]) -> None:
         """The caches before a block take the place of all others."""

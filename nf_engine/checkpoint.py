@@ -163,8 +163,8 @@ def _first_state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tenso
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """One wait for the device. Raises NonFiniteError naming the first tensor that holds NaN or infinity."""
-    floats = {key: t for key, t in state.items() if t.is_floating_point()}
+    """Raises NonFiniteError naming the first tensor with NaN or infinity. On the host: no plan counts its masks."""
+    floats = {key: t.cpu() for key, t in state.items() if t.is_floating_point()}
     flags = torch.stack([torch.isfinite(t).all() for t in floats.values()])
     if bool(flags.all()):
         return

@@ -19,6 +19,7 @@ from nf_engine.local_step import Unit
 from nf_engine.preprocess import Preprocess
 from nf_engine.recompute import Body
 from nf_engine.records import BlockPlan, Plan
+from nf_engine.recovery import is_out_of_memory
 from nf_engine.run_folder import RunFolder
 from nf_engine.stages import Cut
 from nf_engine.worker import EpochReport, Score
@@ -129,19 +130,29 @@ class Job:
     def leave(self, units: Sequence[Unit], following: int | None = None) -> None:
         """Brings a block back to the host, with the frozen stages that fed it, and frees what only training needed.
 
-        The modules of the `following` block, if one is named, are brought to the device, or stay there.
+        The modules of the `following` block, if one is named, stay where they are.
         """
         for unit in units:
-            unit.optimizer = None
+            unit.optimizer = unit.loss_scale = None
             for module in unit.modules():
                 module.eval()
-        coming = [] if following is None else [*self.parts(following).values()]
-        stay = {m for part in coming for m in part.modules()}
+        parts = [] if following is None else self.parts(following).values()
+        stay = {m for part in parts for m in part.modules()}
         for module in (*(s.module for s in self.cut.stages), *self.heads):
             if module not in stay:
                 module.to("cpu")
-        for part in coming:
-            placed(part, self.device)
+
+    def bring(self, number: int) -> None:
+        """Brings a block to the device; where that has not the memory now, its training will ask again."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or weights would lie in the middle of what was freed, and keep it
+        try:
+            for part in self.parts(number).values():
+                placed(part, self.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.leave(())
 
     def start_count(self, units: Sequence[Unit]) -> TensorBytes | None:
         """The block's meter on the CPU; on CUDA the allocator counts from here on."""

@@ -6,16 +6,18 @@ the meter. On the CPU and without a device all of it happens on fake tensors, in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from nf_engine.config import TrainConfig
 from nf_engine.costs import Costs, Span
+from nf_engine.device import capped, room_bytes
 from nf_engine.errors import InfeasibleBudgetError
 from nf_engine.heads import WIDEST
 from nf_engine.partitioner import TARGET_BATCH, forward_batch, partition
@@ -34,6 +36,7 @@ from nf_engine.records import (
     format_bytes,
     image_bytes,
 )
+from nf_engine.recovery import RECOVERING, asked_bytes, is_out_of_memory
 from nf_engine.seconds import fetch_seconds
 from nf_engine.stages import Cut
 from nf_engine.tier_probe import PROBE_SECONDS, probe_tiers
@@ -42,6 +45,7 @@ from nf_engine.tiers import choose_tier
 LINEAR_UNITS = 2  # up to so many units linear heads are the more accurate ones: bench/bench_head_kinds.py
 ROUNDS = 8  # of planning: each one measures the units that the one before chose
 SMALL = 32 * 2**20  # bytes of caches for which a short probe will do
+T = TypeVar("T")
 
 
 class _State(NamedTuple):
@@ -51,6 +55,28 @@ class _State(NamedTuple):
     profile: Profile
     measured: dict[Span, Line]
     upto: dict[Span, int]
+
+
+class _Lack(NamedTuple):
+    """Bytes that a measurement is taken to need: what there was, and what was asked for then, a tenth of it or more."""
+
+    need: int
+
+
+def _unless_full(measure: Callable[[], T], device: torch.device) -> T | _Lack:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what it holds in store could be had as well
+    room = room_bytes(device)
+    try:
+        return measure()
+    except RuntimeError as error:
+        if device.type not in RECOVERING or not is_out_of_memory(error):
+            raise
+        asked = asked_bytes(error)
+    # Here the exception is gone, and with its frames what the failed measurement held on to.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _Lack(room + max(asked or 0, room // 10))
 
 
 def _span(unit: UnitPlan) -> Span:
@@ -158,7 +184,9 @@ class Planner:
             TARGET_BATCH if self.settings.batch_size == "auto" else int(self.settings.batch_size), self.samples
         )
         whole = UnitPlan(0, last, self.profile.stages[last].head.spec, "autograd", 0)
-        self._measure(whole, target, where)  # backpropagation, for the bounds
+        bound = _unless_full(partial(self._line, whole, target, where), where)
+        if not isinstance(bound, _Lack):  # backpropagation; else the sum over its stages has to do
+            self._note(whole, target, bound)
         slack = 0
         for _ in range(ROUNDS):
             made = self._partition(budget, slack)
@@ -197,8 +225,15 @@ class Planner:
         high = self._upto.get(_span(unit), 0)
         return high // 2 <= batch <= high
 
+    def _line(self, unit: UnitPlan, batch: int, device: torch.device) -> Line:
+        return profile_unit(self.cut, unit, self.settings, batch, device)
+
     def _measure(self, unit: UnitPlan, batch: int, device: torch.device) -> None:
-        self.measured[_span(unit)] = profile_unit(self.cut, unit, self.settings, batch, device)
+        found = _unless_full(partial(self._line, unit, batch, device), device)
+        self._note(unit, batch, Line(0.0, found.need / batch) if isinstance(found, _Lack) else found)
+
+    def _note(self, unit: UnitPlan, batch: int, line: Line) -> None:
+        self.measured[_span(unit)] = line
         self._upto[_span(unit)] = batch
 
     def _with_tiers(self, made: Plan) -> Plan:
@@ -238,8 +273,11 @@ class Planner:
         return self._probed
 
     def _with_peaks(self, made: Plan, device: torch.device) -> Plan:
+        """The plan with the peaks of its blocks, each run whole; on CUDA under the cap that the training will have."""
+
         def peak(number: int, block: BlockPlan) -> int:
-            return block_peak(
+            run = partial(
+                block_peak,
                 self.cut,
                 block,
                 self.settings,
@@ -250,14 +288,17 @@ class Planner:
                 together=self.together,
                 edges=[b.first for b in made.blocks[1:number]],
             )
+            found = _unless_full(run, device)
+            return found.need if isinstance(found, _Lack) else found
 
         on_device = [b.cache.bytes if b.cache.tier == "device" else 0 for b in made.blocks] + [0]
-        blocks = tuple(
-            replace(b, peak=peak(k, b) + on_device[k] + on_device[k + 1])  # the cache it reads, and the one it leaves
-            for k, b in enumerate(made.blocks)
-        )
+        beside = [on_device[k] + on_device[k + 1] for k in range(len(made.blocks))]  # what it reads, what it leaves
+        blocks: list[BlockPlan] = []
+        for k, block in enumerate(made.blocks):
+            with capped(device, max(1, made.budget - beside[k])):
+                blocks.append(replace(block, peak=peak(k, block) + beside[k]))
         most = max(b.peak for b in blocks)
-        return replace(made, blocks=blocks, bounds=replace(made.bounds, plan=most))
+        return replace(made, blocks=tuple(blocks), bounds=replace(made.bounds, plan=most))
 
     def _with_images(self, made: Plan) -> Plan:
         """The plan with all images on the device while a block reads them, where that fits beside all that it holds.

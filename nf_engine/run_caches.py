@@ -56,9 +56,11 @@ class RunCaches:
         return counter_key(self._job.config.seed, "write", prefix, number)
 
     def record(self, number: int, prefix: str, name: str) -> CacheRecord:
+        """Held-out samples wait in RAM where those of the training wait on the device: no plan counts them there."""
+        tier = self.tier(number)
         return CacheRecord(
             name=name,
-            tier=self.tier(number),
+            tier="ram" if prefix == HELD and tier == "device" else tier,
             geometry=self.cache_geometry(number, prefix),
             block=number,
             generation=int(name.rpartition("-g")[2].removesuffix(".nfc")),

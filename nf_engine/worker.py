@@ -241,7 +241,11 @@ class CacheInputs:
         if number == 0 or self._next != (epoch, start):
             self._pass = self._read(epoch // self.copies, batch, number)
         self._next = (epoch + 1, 0)
-        return itertools.islice(self._pass, per_epoch - start)
+        try:
+            yield from itertools.islice(self._pass, per_epoch - start)
+        finally:
+            if (epoch + 1) % self.copies == 0:
+                self.rewind()  # or the memory of a pass that is over would wait for the next one
 
     def _read(self, number: int, batch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         key = pass_key(self.seed, self.block, number)

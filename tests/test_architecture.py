@@ -68,11 +68,12 @@ ALLOWED: dict[str, set[str]] = {
     "peaks": {"codec", "instruments", "local_step", "preprocess", "stages", "unit_heads", "worker"},
     "tier_probe": {"cache_format", "seconds", "storage"},
     "planner": {
-        *("costs", "heads", "partitioner", "peaks", "preprocess", "profiler", "seconds", "stages", "tier_probe"),
-        "tiers",
+        *("costs", "heads", "partitioner", "peaks", "preprocess", "profiler", "recovery", "seconds", "stages"),
+        *("tier_probe", "tiers"),
     },
     "job": {
-        *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "run_folder", "stages", "worker"),
+        *("checkpoint", "data", "interrupt", "local_step", "preprocess", "recompute", "recovery", "run_folder"),
+        *("stages", "worker"),
     },
     "run_caches": {"data", "job", "manifest", "precision", "storage", "worker"},
     "chain": {

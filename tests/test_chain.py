@@ -28,6 +28,19 @@ def test_where_inputs_come_from_changes_no_number(tmp_path, tiers):
     assert outcome(go(tmp_path / "disk")) == outcome(go(tmp_path / "run", plan=with_tiers(*tiers)))
 
 
+def test_held_out_samples_are_never_cached_on_the_device(tmp_path, monkeypatch):
+    """No plan counts them there."""
+    made, create = {}, chain.ActivationCache.create
+
+    def created(folder, name, *rest, tier, **more):
+        made[name[:4]] = tier
+        return create(folder, name, *rest, tier=tier, **more)
+
+    monkeypatch.setattr(chain.ActivationCache, "create", created)
+    assert go(tmp_path / "run", plan=with_tiers("device", "device")).status == "completed"
+    assert made == {"v001": "ram", "x001": "device", "v002": "ram", "x002": "device"}
+
+
 class OnDevice:
     """Which modules, and convolutions of which blocks, are on the device, as the calls that move modules have it."""
 

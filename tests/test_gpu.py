@@ -43,9 +43,7 @@ pytestmark = [
 def test_a_run_stays_in_its_budget_and_comes_back_to_the_cpu(tmp_path, strategy, cache):
     train, test = load_split("synthetic:1200")
     network = build("vgg11", width=0.25)
-    budget = (
-        128 * 2**20
-    )  # torch's allocator takes 20 MiB at a time: below some 100 MiB the cap lets no planned batch fit
+    budget = 128 * 2**20  # torch's allocator takes 20 MiB at a time
     result = nf_engine.train(
         network,
         train,
@@ -53,14 +51,18 @@ def test_a_run_stays_in_its_budget_and_comes_back_to_the_cpu(tmp_path, strategy,
         memory_budget=budget,
         partition=strategy,
         cache=cache,
+        grouping_threshold=0.0,  # layerwise: every unit is a block, with a cache before it
         epochs=3,
         device="cuda",
         progress="none",
         output_dir=tmp_path / "run",
     )
+    assert (len(result.plan.blocks) > 1) == (strategy == "layerwise")
     for memory in result.memory:
         assert memory.allocated <= budget
-        assert memory.predicted == pytest.approx(memory.allocated, rel=0.05)
+        assert memory.allocated <= 1.05 * memory.predicted
+        if cache != "device":  # there a block's peak holds the cache that it leaves, also while it trains
+            assert memory.predicted == pytest.approx(memory.allocated, rel=0.05)
     assert {p.device.type for p in result.model.parameters()} == {"cpu"}
     assert max(e.accuracy for e in result.exits) > 0.5
 

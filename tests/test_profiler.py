@@ -149,7 +149,9 @@ def test_a_device_without_room_for_one_sample_is_an_error_that_names_the_stage(m
         raise torch.OutOfMemoryError("out of memory, in a test")
 
     monkeypatch.setattr(profiler, "_stage_bytes", fails)
-    with pytest.raises(BudgetError, match=r"stage features\.\d ran out of memory while it was profiled with one sample"):
+    with pytest.raises(
+        BudgetError, match=r"stage features\.\d ran out of memory while it was profiled with one sample"
+    ):
         profile_of(network)
     assert state_hash(network) == before
 
@@ -507,3 +509,66 @@ def test_tiers_are_probed_once_and_the_plan_shows_it(tmp_path, monkeypatch):
     for block in plan.blocks[1:]:
         assert set(block.cache.seconds) | set(block.cache.dropped) == {"ram", "disk", "recompute"}
         assert "ram" in block.cache.dropped
+
+
+# ---- A device with less than a measurement takes --------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """As if the CPU were a device of so many bytes; `fails` names what runs out of them, at which unit or block."""
+
+    def install(room, name, fails):
+        real, seen = getattr(planner, name), []
+
+        def measure(cut, planned, *rest, **more):
+            if fails(planned, *rest):
+                seen.append(planned)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB.")
+            return real(cut, planned, *rest, **more)
+
+        monkeypatch.setattr(planner, "RECOVERING", ("cpu",))
+        monkeypatch.setattr(planner, "room_bytes", lambda device: room)
+        monkeypatch.setattr(planner, name, measure)
+        return seen
+
+    return install
+
+
+def planned(budget, **fields):
+    cut = split(build("vgg11", width=0.125), (3, 32, 32))
+    config = TrainConfig(**fields)
+    images = Preprocess(Normalisation((0.0,) * 3, (255.0,) * 3))
+    return Planner(cut, config, images, True, None, 2000, "vgg11", None, together=False).plan(budget)
+
+
+def test_backpropagation_that_does_not_fit_the_device_does_not_end_the_planning(short):
+    budget = 8 * 2**20
+    whole = planned(budget)
+    seen = short(budget, "profile_unit", lambda unit, *_: (unit.first, unit.last, unit.starts) == (0, 7, ()))
+    made = planned(budget)
+    assert len(seen) == 1
+    assert made.blocks == whole.blocks
+    assert made.bounds.backpropagation == pytest.approx(whole.bounds.backpropagation, rel=0.05), "the sum over stages"
+
+
+def test_a_block_that_runs_out_of_memory_under_the_cap_is_planned_with_less(short):
+    budget = 16 * 2**20
+    whole = planned(budget, partition="layerwise")
+    batch = whole.blocks[0].batch
+    seen = short(budget, "block_peak", lambda block, *_: block.first == 0 and block.batch > 0.8 * batch)
+    made = planned(budget, partition="layerwise")
+    assert seen
+    assert seen[0].batch == batch
+    assert 0.5 * batch <= made.blocks[0].batch <= 0.8 * batch
+    assert made.peak <= made.allowed
+
+
+def test_a_unit_that_runs_out_of_memory_is_not_planned(short):
+    budget = 16 * 2**20
+    whole = planned(budget, partition="layerwise")
+    most = 0.9 * whole.blocks[0].batch
+    seen = short(budget, "profile_unit", lambda unit, config, batch, device: unit.first == 0 and batch > most)
+    made = planned(budget, partition="layerwise")
+    assert seen
+    assert made.blocks[0].batch <= most

@@ -307,3 +307,20 @@ def test_the_schedule_of_the_last_layer_of_a_wide_head_is_lower(channels, most, 
     gradient = wrong.T @ x.double().flatten(1) / 6
     assert torch.allclose(unit.head.linear_weight.double(), -0.05 * scale * 1.9 * gradient, rtol=1e-5, atol=1e-8)
     assert torch.allclose(unit.head.linear_bias.double(), -0.05 * 1.9 * wrong.mean(0), rtol=1e-5, atol=1e-8)
+
+
+def test_a_pass_over_a_cache_ends_with_its_last_batch(tmp_path):
+    """What waits in a pass that is over, slots on a device among it, would lie there while the block is scored."""
+    geometry = CacheGeometry(sample_shape=(2, 2, 2), dtype="fp32", samples=8, copies=2)
+    cache = ActivationCache.create(tmp_path, "a.nfc", geometry)
+    cache.append(torch.rand(8, 2, 2, 2), torch.arange(8), torch.arange(4).repeat(2), torch.arange(8) // 4)
+    cache.finish()
+    inputs = CacheInputs(cache, 0, 1, 4, 2, np.arange(8))
+    for epoch in range(4):
+        batches = inputs.train(epoch, 2)
+        next(batches)
+        under_way = inputs._pass
+        next(batches)
+        batches.close()
+        assert (inputs._pass is under_way) == (epoch % 2 == 0), "two epochs are one pass over two copies"
+    inputs.close()
