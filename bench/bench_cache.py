@@ -369,8 +369,8 @@ def main() -> None:
     args.folder = None  # of this machine
     print(table(rows))
     title = f"{args.samples} samples of 32 KiB, {args.rounds} rounds: median and range; dotted and grey: fio, 10-90 %"
-    save(args.json, title, 3, (13, 6), functools.partial(draw, rows))
     finish(args, rows, checks(rows))
+    save(args.json, title, 3, (13, 6), functools.partial(draw, rows))
     failed = [r for r in rows if r["candidate"].startswith("nf_engine") and "failed" in r]
     if failed:
         raise SystemExit(f"{failed[0]['candidate']}: {failed[0]['failed']}")

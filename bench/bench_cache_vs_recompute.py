@@ -245,8 +245,8 @@ def main() -> None:
             print(describe(rows[-1]), flush=True)
     args.folder = None  # of this machine
     title = f"Reading a stage's outputs back against computing them again; CPU threads: {args.threads}"
-    save(args.json, title, 2, (13, 5.5), functools.partial(draw, rows))
     finish(args, rows, checks(rows))
+    save(args.json, title, 2, (13, 5.5), functools.partial(draw, rows))
 
 
 if __name__ == "__main__":

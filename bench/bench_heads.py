@@ -209,7 +209,10 @@ def head_shares(device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
             def whole(unit: Unit = unit, x: Tensor = x, labels: Tensor = labels) -> None:
                 local_step(unit, x, labels)
 
-            times = in_turn({"head": head, "step": whole}, device, rounds)
+            runs: dict[str, Callable[[], object]] = {"head": head, "step": whole}
+            if device.type == "cuda":  # as the engine runs them: alone, launches would be most of so short a time
+                runs = {name: captured(run) for name, run in runs.items()}
+            times = in_turn(runs, device, rounds)
             clocked = 0 if device.type == "cuda" else 1
             shares = [a[clocked] / b[clocked] for a, b in zip(times["head"], times["step"], strict=True)]
             yield {
@@ -341,7 +344,11 @@ def joined(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list
 def run_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measures what was asked for; FILE is replaced after each case, so that a run that is stopped leaves its rows."""
     rows: list[dict[str, Any]] = []
-    old = json.loads(args.json.read_text("utf-8"))["rows"] if args.add and args.json and args.json.exists() else []
+    old = (
+        json.loads(args.json.read_text("utf-8"))["rows"]
+        if (args.add or args.resume) and args.json and args.json.exists()
+        else []
+    )
 
     def took(new: Sequence[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
         rows.extend(new)
@@ -349,12 +356,17 @@ def run_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         if args.json is not None:
             save(args.json, joined(old, rows))
 
+    names = args.candidates.split(",")
     rounds = (7 if args.quick else 11) if device.type == "cpu" else 21
     copied = copy_bandwidth(device)
     print(f"copy_: {copied / 1e9:.1f} GB/s read and written; {args.layout}\n{HEADER}", flush=True)
+    done = {key_of(row) for row in old if "candidate" in row}
     for case in cases(device, args.quick):
+        place = {"device": device.type, "layout": args.layout} | case.names()
+        if args.resume and all(key_of(place | {"candidate": n, "mode": "plain"}) in done for n in names):
+            continue
         if re.search(args.only, " ".join(map(str, case.names().values()))):
-            took(measure(case, device, args.layout, args.candidates.split(","), rounds, copied), table_line)
+            took(measure(case, device, args.layout, names, rounds, copied), table_line)
     if re.search(args.only, "share"):
         print(f"\n{'model':<10}{'width':>5}{'unit':>6}{'N':>6}  {'head':<26}{'head ms':>9}{'step ms':>9}{'share':>7}")
         for row in head_shares(device, rounds):
@@ -370,6 +382,7 @@ def main() -> None:
     parser.add_argument("--candidates", help=f"comma-separated, of {', '.join(NAMES)}; ratios need eager")
     parser.add_argument("--layout", default="channels_last", choices=LAYOUTS, help="of x and of convolutions' weights")
     parser.add_argument("--add", action="store_true", help="keep the rows of FILE that are not measured again")
+    parser.add_argument("--resume", action="store_true", help="as --add, and leave out the cases that FILE has")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -381,8 +394,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else math.inf
     rows = run_all(args, device)
-    plot(args, rows, device)
     finish(args, rows, summary(rows, device, l2_bytes))
+    plot(args, rows, device)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def main() -> None:
             rows += measure("stand-in", StandIn(fake, folder, batches), rounds)
         if torch.cuda.is_available():
             rows += measure("cuda", Real(torch.device("cuda"), folder, batches), rounds)
-        rows += measure("cpu", Real(torch.device("cpu"), folder, batches), rounds)
+        else:
+            rows += measure("cpu", Real(torch.device("cpu"), folder, batches), rounds)
 
     def least(case: str, direction: str) -> float | None:
         found = [r["hidden"] for r in rows if r["case"] == case and r["direction"] == direction and r["ratio"] > 1]
@@ -274,8 +275,8 @@ def main() -> None:
         for case in ("stand-in", "cuda")  # on the CPU an append copies in the caller's own thread: nothing hides that
         for direction in ("write", "read")
     }
-    plots.save(args.json, "Overlap of cache I/O with computing", 2, (11, 4.5), draw(rows))
     finish(args, rows, checks)
+    plots.save(args.json, "Overlap of cache I/O with computing", 2, (11, 4.5), draw(rows))
 
 
 if __name__ == "__main__":

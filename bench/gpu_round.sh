@@ -4,7 +4,7 @@
 #     bash bench/gpu_round.sh                  all parts that have no result yet
 #     bash bench/gpu_round.sh heads-bf16 train  these parts, again
 #     ROUND_OUT=DIR bash bench/gpu_round.sh     results under DIR/<gpu> instead of bench/results/<gpu>
-#     NF_COMMIT=... names the commit where there is no git; LIMIT=... are the seconds a part may take
+#     NF_COMMIT=... names the commit where there is no git; LIMIT=... are the seconds a part may take, TOTAL=... all parts
 #
 # Needs python3 with torch, triton, pytest and the package's dependencies, and a C++ compiler; installs nothing and uses
 # no network. A part that fails leaves its log and does not stop the others; the exit code is the number of failed parts.
@@ -12,6 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-530} # seconds a part
+TOTAL=${TOTAL:-99999} # seconds after which no part is started, and the one under way ends
 # Benches and tests start programs of their own, which must find the package, too; a part that is cut off keeps its output.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # One part compiles for the next.
@@ -30,6 +31,7 @@ built || $PYTHON setup.py build_ext --inplace >"$results/build.log" 2>&1
 built || { tail -n 20 "$results/build.log"; echo "the C++ module does not build: $results/build.log" >&2; exit 70; }
 
 bench() { $PYTHON -m "bench.bench_$1" --json "$results/$2.json" "${@:3}"; }
+workers() { $PYTHON -c 'import xdist' 2>/dev/null && echo "-n 8"; } # most of these tests is compiling
 tests() { $PYTHON -m pytest -q -m gpu -p no:cacheprovider --durations=10 "$@"; }
 small='ignored or inside or spoils or passes_through' # cases that are quick under a checker
 
@@ -37,15 +39,15 @@ declare -A run=(
     [machine]="machine"
     [tests]="tests tests/test_gpu.py -k 'not cannot_be_recorded'"
     [tests-broken]="tests tests/test_gpu.py -k cannot_be_recorded" # torch before 2.13 may leave the process unfit for more
-    [tests-heads]="tests tests/test_gpu_heads.py -k 'not real'"
-    [tests-heads-real]="tests tests/test_gpu_heads.py -k real"
+    [tests-heads]="tests $(workers) tests/test_gpu_heads.py -k 'not real'"
+    [tests-heads-real]="tests $(workers) tests/test_gpu_heads.py -k real"
     [memcheck]="checked memcheck '$small'"
     [racecheck]="checked racecheck '$small'"
-    [heads-bf16]="bench heads heads --device cuda --add --only 'bf16|fp32 tail' --candidates eager,compile,reference,fused"
-    [heads-fp32]="bench heads heads --device cuda --add --only fp32 --candidates eager,compile,reference,fused"
-    [heads-autotune]="bench heads heads --device cuda --add --only linear --candidates eager,max-autotune"
+    [heads-bf16]="bench heads heads --device cuda --resume --only 'bf16|fp32 tail' --candidates eager,compile,reference,fused"
+    [heads-fp32]="bench heads heads --device cuda --resume --only 'fp32 (linear|deep)' --candidates eager,compile,reference,fused"
+    [heads-autotune]="bench heads heads --device cuda --resume --only ' 4096 10 bf16 linear' --candidates eager,max-autotune"
     [heads-share]="bench heads heads --device cuda --add --only share"
-    [overlap]="bench overlap overlap"
+    [overlap]="bench overlap overlap --quick"
     [cache]="bench cache cache"
     [recompute]="bench cache_vs_recompute cache_vs_recompute --quick"
     [train]="train"
@@ -56,8 +58,8 @@ declare -A run=(
     [step-fp32]="bench step step_fp32 --device cuda"
     [step-bf16]="bench step step_bf16 --device cuda --precision bf16-mixed"
     [highres]="bench highres highres --width 1 --budget 8GiB --step 64 --most 8192"
-    [peers-vgg16]="peers vgg16-32-10 50000"
-    [peers-resnet18]="peers resnet18-32-10 50000"
+    [peers-vgg16]="peers vgg16-32-10 20000"
+    [peers-resnet18]="peers resnet18-32-10 20000"
     [peers-vgg19]="peers vgg19-64-200 20000"
     [peers-large]="peers resnet18-224-100 5000"
 )
@@ -66,7 +68,9 @@ order=(machine tests tests-broken tests-heads tests-heads-real step-bf16 step-fp
 
 # One part of the comparison with peers; generated images of as many samples as said. Call it again until nothing is left.
 peers() {
-    bench peers "peers_$1" --parts "$1" --data "synthetic:$2" --images "$2" --precision bf16-mixed --device cuda --limit 400
+    bench peers "peers_$1" --parts "$1" --data "synthetic:$2" --images "$2" --precision bf16-mixed --device cuda \
+        --limit "$((LIMIT * 3 / 4))" --epochs 3 --budgets none,tight,0.33 \
+        --only '^(none|tight|0.33) (back|acc|check|off|compiled (1$|0.1)|windows$|layerwise$|windows, (no cache|eager|reference))'
 }
 
 machine() {
@@ -84,26 +88,30 @@ checked() {
 
 # Whole trainings inside a budget, their peaks against the plan.
 train() {
+    local bad=0
     for model in vgg16 resnet18; do
         for strategy in windows layerwise; do
             rm -rf "$results/run"
             $PYTHON -m nf_engine train --model $model --data synthetic:5000 --device cuda --memory-budget 1GiB --epochs 2 \
-                --partition $strategy --augment crop-flip --output-dir "$results/run" || return 1
+                --partition $strategy --augment crop-flip --output-dir "$results/run" || bad=1
         done
     done
     rm -rf "$results/run"
+    return $bad
 }
 
 export -f bench tests machine checked train peers
-export PYTHON results
+export PYTHON results LIMIT
 failed=0
 for part in "${@:-${order[@]}}"; do
     [ -n "${run[$part]:-}" ] || { echo "unknown part $part; known: ${order[*]}" >&2; exit 2; }
     [ $# = 0 ] && [ -e "$results/$part.done" ] && continue
+    left=$((TOTAL - SECONDS))
+    [ $left -lt 30 ] && { echo "== no time for $part and what follows"; break; }
     rm -f "$results/$part.done"
     echo "== $part"
     started=$SECONDS
-    timeout --kill-after=10 "$LIMIT" bash -c "${run[$part]}" >"$results/$part.log" 2>&1
+    timeout --kill-after=10 "$((left < LIMIT ? left : LIMIT))" bash -c "${run[$part]}" >"$results/$part.log" 2>&1
     code=$?
     tail -n 5 "$results/$part.log" | cut -c1-300
     echo "== $part: exit code $code after $((SECONDS - started)) s"

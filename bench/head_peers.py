@@ -79,6 +79,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         sizes = [(c, h, 64, 10) for c, h in (SHAPES[2:4] if quick else SHAPES)]
         kinds = kinds[2:4] if quick else kinds
     tails = [Case(512, 1, n, k, torch.float32, TAIL) for n in batches for k in (10, 100, 1000)]
+    if device.type == "cuda":  # of a 4 x 4 pool: many classes and many features at once
+        tails += [Case(8192, 1, n, 200, torch.float32, TAIL) for n in batches]
     listed = [Case(*size, dtype, kind) for dtype in dtypes for size in sizes for kind in kinds]
     return [c for c in listed if c.spec.pool <= c.side] + tails  # a larger pool is clipped: it would be another kind
 

@@ -33,6 +33,7 @@ from nf_engine.exits import throughput
 from nf_engine.models import build
 from nf_engine.recovery import is_out_of_memory
 from nf_engine.stages import split
+from nf_engine.step_graph import WARM_UP
 from nf_engine.trainer import Trainer
 from nf_engine.worker import forward_block
 
@@ -65,12 +66,14 @@ class Curve:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self.points: list[tuple[float, float]] = []
+        self.scoring = 0.0  # seconds
 
     def score(self, accuracy: Callable[[], float]) -> None:
         paused = time.perf_counter()
         best = max([accuracy(), *(a for _, a in self.points)])
         self.points.append((paused - self._started, best))
-        self._started += time.perf_counter() - paused
+        spent = time.perf_counter() - paused
+        self._started, self.scoring = self._started + spent, self.scoring + spent
 
     @property
     def seconds(self) -> float:
@@ -139,7 +142,8 @@ class Workload:
 
     def _used(self, arm: Arm) -> tuple[float, int]:
         """Most bytes of a few updates of an arm: of tensors, infinite where they do not fit the device; reserved."""
-        few = self.data.subset(torch.arange(min(3 * arm.batch, len(self.data))))
+        updates = WARM_UP + 2 if self.device.type == "cuda" else 3  # on a GPU recorded ones, too
+        few = self.data.subset(torch.arange(min(updates * arm.batch, len(self.data))))
         one = self.test.subset(torch.arange(1))
         cut = split(self.network(0), self.data.shape)
         try:
@@ -154,7 +158,8 @@ class Workload:
         return done.peak, done.reserved
 
     def peak(self, arm: Arm) -> float:
-        return self.used(arm)[0]
+        """What an arm must find: what the allocator reserves, or the tensors of the CPU."""
+        return max(self.used(arm))
 
     def bytes(self, budget: str) -> int | None:
         """A budget in bytes: a share of what the allocator reserves for backpropagation, or the tensors of the CPU."""
@@ -218,6 +223,7 @@ class Workload:
             "accuracy": done.accuracy,
             "peak": done.peak,
             "reserved": done.reserved,
+            "eager": done.eager,
             "process": process,
             "exit_parameters": sum(p.numel() for p in network.parameters()),
             "exit_images_per_second": throughput(alone, 0, self.data.shape, EXIT_BATCH, torch.device("cpu")),
@@ -242,7 +248,7 @@ class Workload:
         steps = [len(self.data) // b.batch * b.batch for b in plan.blocks]
         per_sample = [steady(seconds) / n for seconds, n in zip(blocks, steps, strict=True)]
         per_sample.append(times["cache_write"] / config.epochs / len(self.data))
-        training = times["train"] + times["score"] + times["cache_write"]
+        training = times["train"] + times["score"] + times["cache_write"] - curve.scoring
         return {
             "fits": True,
             "how": [[[u.first, u.last, list(u.starts), u.head.kind] for u in b.units] for b in plan.blocks],
@@ -278,6 +284,7 @@ def smaller(arm: Arm) -> Arm | None:
 
 def release(device: torch.device) -> None:
     """Leaves nothing on a GPU, so that the next run's reserved bytes are its own."""
+    torch._dynamo.reset()  # whose entries hold the compiled network
     gc.collect()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()

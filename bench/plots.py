@@ -1,11 +1,13 @@
 """Plots of the benches, as PNG beside their JSON. Matplotlib is only asked for when a plot is saved.
 
-A bench hands over a function that draws on the axes of one figure; without matplotlib there is a line that says so.
+A bench hands over a function that draws on the axes of one figure; without matplotlib there is a line that says so. It
+draws after its document is out: a plot that fails costs no figure.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def save(
     try:
         import matplotlib
     except ImportError:
-        print("plot: matplotlib is not installed; pip install matplotlib")
+        print("plot: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
         return
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
@@ -46,7 +48,7 @@ def save(
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
-    print(f"plot: {path}")
+    print(f"plot: {path}", file=sys.stderr)
 
 
 def ranges(

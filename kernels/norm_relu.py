@@ -128,7 +128,8 @@ def norm_relu_backward_(
     grid, options = _launch(layout, BACKWARD_ROWS, acc)
     parts = grid[1]
     sums = torch.empty(2, parts, f, dtype=acc, device=s.device)  # of dz and of dz xhat; by program
-    dgamma, dbeta = torch.empty(2, f, dtype=acc, device=s.device)
+    # Memory of their own each: results of a registered operator may not share any.
+    dgamma, dbeta = (torch.empty(f, dtype=acc, device=s.device) for _ in range(2))
     known = (gamma, beta, mean, rstd)
     _partial_gradients[grid](s, grad, sums, *known, *layout, POOL=pool, **options)
     _input_gradient[grid](

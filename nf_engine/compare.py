@@ -31,6 +31,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from nf_engine.config import TrainConfig
 from nf_engine.data import ImageData
 from nf_engine.device import TensorBytes, placed, watched
+from nf_engine.feed import Resident
 from nf_engine.local_step import make_optimizer
 from nf_engine.partitioner import scaled_lr
 from nf_engine.precision import LossScale, autocast_like, compute_dtype
@@ -76,13 +77,14 @@ class PeerResult:
     """accuracies: on the scored data after each epoch, or after the last alone; epoch_seconds: without the scoring.
 
     peak: most bytes of tensors, by the meter (CPU) or the allocator (CUDA); reserved: of the allocator's pool, 0 on the
-    CPU.
+    CPU. eager: why updates were not recorded as a CUDA graph, "" where they were, or are not meant to be.
     """
 
     accuracies: tuple[float, ...]
     epoch_seconds: tuple[float, ...]
     peak: int
     reserved: int
+    eager: str = ""
 
     @property
     def accuracy(self) -> float:
@@ -281,32 +283,46 @@ def train_peer(
     counter = _Bytes(peer.tensors()) if device.type == "cpu" else None
     preprocess = partial(Preprocess, data.normalisation, dtype=compute_dtype(config))
     inputs = ImageInputs(data, preprocess(config.augment, config.seed), device, config.seed)
+    if device.type == "cuda" and budget is None and data.in_memory:
+        inputs.feed = Resident(data, device)  # as ours has them where there is room
     per_epoch = len(data) // arm.batch
     steps, warmup = per_epoch * config.epochs, round(per_epoch * min(config.warmup_epochs, config.epochs / 2))
     seconds, accuracies = [], []
-    for epoch in range(config.epochs):
-        started = time.perf_counter()
-        source = inputs.train(epoch, arm.batch // arm.parts)
-        batches = watched(source, None if epoch else counter, METERED * arm.parts)
-        for k in range(per_epoch):
-            peer.set_rate(learning_rate(epoch * per_epoch + k, steps, warmup, scaled_lr(config, arm.batch)))
-            peer.step(batches)
-            if counter is not None and budget is not None and counter.peak > budget:
-                batches.close()
-                raise torch.OutOfMemoryError(f"{counter.peak} bytes of tensors, the budget is {budget}")
-        batches.close()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        peer.end_epoch()
-        if every_epoch or epoch + 1 == config.epochs:
-            accuracies.append(_accuracy(peer.network, scored, preprocess(), arm.batch // arm.parts, device))
-    if recorder is not None:
-        recorder.release()
+    try:
+        for epoch in range(config.epochs):
+            started = time.perf_counter()
+            source = inputs.train(epoch, arm.batch // arm.parts)
+            batches = watched(source, None if epoch else counter, METERED * arm.parts)
+            for k in range(per_epoch):
+                peer.set_rate(learning_rate(epoch * per_epoch + k, steps, warmup, scaled_lr(config, arm.batch)))
+                peer.step(batches)
+                if epoch == k == 0 and arm.kind == "compiled" and device.type == "cuda":
+                    _forget_tuning(device)
+                if counter is not None and budget is not None and counter.peak > budget:
+                    batches.close()
+                    raise torch.OutOfMemoryError(f"{counter.peak} bytes of tensors, the budget is {budget}")
+            batches.close()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            peer.end_epoch()
+            if every_epoch or epoch + 1 == config.epochs:
+                accuracies.append(_accuracy(peer.network, scored, preprocess(), arm.batch // arm.parts, device))
+    finally:
+        if recorder is not None:
+            recorder.release()
+    eager = (recorder.refusal or "") if recorder is not None else ""
     if counter is not None:
         return PeerResult(tuple(accuracies), tuple(seconds), counter.peak, 0)
     used = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)  # scoring takes less
-    return PeerResult(tuple(accuracies), tuple(seconds), used[0] - held[0], used[1] - held[1])
+    return PeerResult(tuple(accuracies), tuple(seconds), used[0] - held[0], used[1] - held[1], eager)
+
+
+def _forget_tuning(device: torch.device) -> None:
+    """Inductor has tried its kernels in the first update, with buffers of its own: they are no need of the training."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _recorder(device: torch.device) -> Recorder | None:

@@ -9,6 +9,7 @@ Source: local losses of Belilovsky et al., https://arxiv.org/abs/1901.08164; Neu
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import nullcontext
 
 import torch
@@ -44,7 +45,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"compute capability {'.'.join(map(str, found))}, needs {'.'.join(map(str, LEAST_CAPABILITY))}"
     try:
         _try(device, dtype)
-    except (RuntimeError, triton.TritonError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError, triton.TritonError) as error:  # also of its C compiler
         return f"a trial step failed: {error}"
     return None
 

@@ -256,5 +256,5 @@ def test_a_plot_lies_beside_its_json(tmp_path):
 def test_without_matplotlib_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plots.save(tmp_path / "cache.json", "t", 1, (6, 3), lambda *axes: pytest.fail("drawn without matplotlib"))
-    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert "matplotlib is not installed" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

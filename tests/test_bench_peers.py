@@ -13,6 +13,7 @@ from bench import bench_peers, peer_runs, plots
 from bench.bench_peers import Case, Times
 from bench.peer_runs import Curve, Recipe, Workload, smaller, steady
 from nf_engine.compare import Arm
+from nf_engine.errors import DeviceLostError, NonFiniteError
 from nf_engine.exits import evaluate
 from nf_engine.sources import load_split
 
@@ -134,7 +135,7 @@ def test_backpropagation_without_a_budget_is_the_first_run():
     assert cases[0] == Case("vgg11-32-10", "none", "backpropagation", 0)
     assert not any("," in c.arm for c in cases if c.budget == "none")
     assert {c.arm for c in cases if c.budget == "0.6"} == {*bench_peers.PEERS, *bench_peers.FIELDS}
-    assert [c.arm for c in bench_peers.cases(arguments(only="^0.6 (local|layerwise$)"))] == ["local", "layerwise"]
+    assert [c.arm for c in bench_peers.cases(arguments(only="^0.6 (local|layerwise$)"))] == ["layerwise", "local"]
 
 
 def test_an_ablation_runs_only_where_there_is_something_to_switch_off():
@@ -142,15 +143,43 @@ def test_an_ablation_runs_only_where_there_is_something_to_switch_off():
     one = ours("windows", how=whole, batches=[128], cache_bytes=0)
     for off in ("prefer accuracy", "no recomputation", "no cache", "linear heads", "fixed heads", "one batch size"):
         assert not bench_peers.is_on(off, one), off
-        assert bench_peers.same_run(Case("vgg11-32-10", "0.33", f"windows, {off}", 0), None, [one]) is one
+        assert bench_peers.same_run(Case("vgg11-32-10", "0.33", f"windows, {off}", 0), None, None, [one]) is one
     two = ours("windows", batches=[64, 128])
     for off in ("prefer accuracy", "no recomputation", "no cache", "fixed heads", "one batch size", "full batch"):
         assert bench_peers.is_on(off, two), off
-        assert bench_peers.same_run(Case("vgg11-32-10", "0.33", f"windows, {off}", 0), None, [two]) is None
+        assert bench_peers.same_run(Case("vgg11-32-10", "0.33", f"windows, {off}", 0), None, None, [two]) is None
     assert not bench_peers.is_on("linear heads", two)
-    assert bench_peers.same_run(Case("vgg11-32-10", "0.33", "windows", 0), None, [two]) is None
+    assert bench_peers.same_run(Case("vgg11-32-10", "0.33", "windows", 0), None, None, [two]) is None
     none = ours("windows", fits=False)
-    assert bench_peers.same_run(Case("vgg11-32-10", "0.33", "windows, no cache", 0), None, [none]) is none
+    assert bench_peers.same_run(Case("vgg11-32-10", "0.33", "windows, no cache", 0), None, None, [none]) is none
+
+
+def test_a_run_that_went_over_a_budget_is_not_copied_to_it():
+    how = {"kind": "backpropagation", "batch": 8, "parts": 1, "share": 1.0}
+    free = row("backpropagation", "none", how=how, peak=50, reserved=90)
+    case = Case("vgg11-32-10", "tight", "backpropagation", 0)
+    assert bench_peers.same_run(case, how, 90, [free]) is free
+    assert bench_peers.same_run(case, how, None, [free]) is free
+    assert bench_peers.same_run(case, how, 89, [free]) is None
+
+
+def test_a_run_that_fails_says_why_and_a_lost_device_ends_all(monkeypatch):
+    class Fails:
+        device = CPU
+        error = NonFiniteError("the local loss is nan\nmore")
+
+        def bytes(self, budget):
+            return 100
+
+        def arm(self, name, budget):
+            raise self.error
+
+    case = Case("vgg11-32-10", "0.6", "backpropagation", 0)
+    found = bench_peers.run_or_why(case, Fails(), [])
+    assert found == {"budget_bytes": 100, "fits": False, "why": "NonFiniteError: the local loss is nan"}
+    Fails.error = DeviceLostError("gone", call="torch", code=1)
+    with pytest.raises(DeviceLostError):
+        bench_peers.run_or_why(case, Fails(), [])
 
 
 class Stub:

@@ -437,4 +437,4 @@ def test_a_training_ends_near_one_on_the_reference_path(tmp_path, monkeypatch):
         ended[path] = [loss for line in result.history if line["epoch"] == 1 for loss in line["train/loss"]]
     ops.head_path.cache_clear()
     assert ended["fused"] == pytest.approx(ended["reference"], rel=0.02)
-    assert max(ended["fused"]) < 2.0  # chance is 2.3
+    assert min(ended["fused"]) < 1.5  # chance is 2.3

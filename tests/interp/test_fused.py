@@ -92,6 +92,23 @@ def test_a_local_step_trains_as_on_the_reference_path(spec, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, astuple(s))))
+def test_the_registered_operator_gives_the_bits_of_the_step(spec, monkeypatch):
+    """It also checks that no two of its results share memory, as torch demands."""
+    monkeypatch.setattr(ops, "head_path", lambda device, dtype=None: ops.HeadPath("fused", "test"))
+    head = make(spec, (16, 8, 8))
+    h, labels = batch((16, 8, 8), torch.channels_last, torch.float32)
+    params, running, scale = head._params(), head._running(), torch.tensor(0.25)
+    lists = [[*t] for t in (params.convs, params.gammas, params.betas, *running)]
+    with torch.no_grad():
+        rows, dx, *rest = ops._operator(h, *lists, params.wl, params.bl, labels, scale, head.spec.pool, 0.1)
+        expected = fused.head_step(h, params, head._running(), labels, scale, head.spec.pool, 0.1)
+    assert torch.equal(rows, expected.loss_rows)
+    assert torch.equal(dx.expand_as(expected.dx), expected.dx)
+    for ours, theirs in zip(rest, expected.grads.flat(), strict=False):
+        assert torch.equal(ours, theirs)
+
+
 def test_more_classes_than_a_tile_holds_take_the_row_kernel():
     head = make(HeadSpec("linear", 1), (16, 4, 4), classes=300)
     h, labels = batch((16, 4, 4), torch.contiguous_format, torch.float32, classes=300)
