@@ -145,8 +145,9 @@ def head_kinds() -> str:
 
 
 def peers() -> str:
-    """The runs of bench_peers; those that would repeat another are left out."""
-    rows = [r for r in load("peers")["rows"] if "same_as" not in r]
+    """The runs of bench_peers with the first seed, but for those that repeat another; ratios over all seeds."""
+    every = load("peers")["rows"]
+    rows = [r for r in every if "same_as" not in r and r["seed"] == 0]
     goal = bench_peers.reference(rows, rows[0])
     lines = [
         "| budget | training | batches | s an epoch | s to the accuracy | accuracy, % | peak, MB | of the budget |",
@@ -165,7 +166,23 @@ def peers() -> str:
                 "-" if budget is None else f"{row['peak'] / budget:.2f}",
             ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *ratios([r for r in every if r["fits"]])])
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """Times of an image, seed by seed: median, least and largest."""
+    seeds = [[r for r in rows if r["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)]
+    lines = []
+    for of, against, target in (
+        (bench_peers.equal_batch, "backpropagation's at the same batch, under budgets that this one exceeds", 1.05),
+        (bench_peers.same_budget, "checkpointing's under the same budget", 0.85),
+    ):
+        found = [value for value in map(of, seeds) if value is not None]
+        spread = f"{min(found):.2f} to {max(found):.2f}, {len(found)} seeds"
+        lines.append(
+            f"* An image takes `windows` {statistics.median(found):.2f} of {against} ({spread}; target {target})."
+        )
+    return lines
 
 
 def step() -> str:
