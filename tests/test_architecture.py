@@ -105,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "compare": {
         "data",
+        "feed",
         "local_step",
         "partitioner",
         "precision",

@@ -26,6 +26,7 @@ from nf_engine import checkpoint
 from nf_engine.committed import go_back, read_run
 from nf_engine.config import TrainConfig
 from nf_engine.errors import CacheError, CorruptFileError, NFError
+from nf_engine.heads import ModuleHead
 from nf_engine.local_step import Unit
 from nf_engine.manifest import FileEntry, Manifest, Position
 from nf_engine.run_folder import NewFile, RunFolder
@@ -382,7 +383,7 @@ def test_scores_that_are_not_two_numbers_a_unit_are_refused(scores):
 
 
 def make_unit() -> tuple[Unit, torch.Tensor]:
-    unit = Unit("unit0", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], nn.Linear(4, 2))
+    unit = Unit("unit0", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)], ModuleHead(nn.Linear(4, 2)))
     unit.prepare(TrainConfig(memory_budget=1 << 30, optimizer="adamw"))
     return unit, torch.zeros(1)
 
