@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bench_peers
+from bench import bench_lines, bench_peers
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def speed_and_memory() -> str:
     worst = max(abs(r["predicted"] / r["peak"] - 1) for r in ran)
     over = sum(r["peak"] > r["budget"] for r in memory["rows"])
     units = load("lines")["rows"]
-    far = sum(abs(r["off"]) > 0.05 for r in units)
+    far = sum(abs(r["off"]) > bench_lines.OFF for r in units)
     below, above = -min(r["off"] for r in units), max(r["off"] for r in units)
     lines.append("")
     lines.append(

@@ -223,9 +223,8 @@ def plan_launch(x: Tensor, q: int, tile: Tile, *, backward: bool) -> Launch:
         return Launch(kernel, (-(-cells // rows), -(-c // channels)), cells, (height, width), constants)
     columns, side = min(power_of_two(w), 256), power_of_two(q)
     lines = min(power_of_two(height), tile.size // columns)
-    rows = max(
-        1, min(power_of_two(n * c), tile.size // columns // max(lines, side))
-    )  # forward spreads a line over its cells
+    # Forward spreads a line over its cells.
+    rows = max(1, min(power_of_two(n * c), tile.size // columns // max(lines, side)))
     constants |= {"BR": rows, "BH": lines, "BW": columns}
     if not backward:
         constants["QP"] = side

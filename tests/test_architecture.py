@@ -80,18 +80,8 @@ ALLOWED: dict[str, set[str]] = {
         *("data", "feed", "job", "local_step", "manifest", "preprocess", "recovery", "run_caches", "storage", "worker"),
     },
     "trainer": {
-        *(
-            "chain",
-            "checkpoint",
-            "job",
-            "local_step",
-            "manifest",
-            "partitioner",
-            "recovery",
-            "run_caches",
-            "run_folder",
-        ),
-        *("step_graph", "storage", "tiers", "worker"),
+        *("chain", "checkpoint", "job", "local_step", "manifest", "partitioner", "recovery"),
+        *("run_caches", "run_folder", "step_graph", "storage", "tiers", "worker"),
     },
     "controller": {
         *("chain", "checkpoint", "interrupt", "job", "local_step", "manifest", "recovery", "run_folder", "trainer"),

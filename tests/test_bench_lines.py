@@ -24,7 +24,7 @@ def test_the_units_cover_the_network_and_its_largest_stage(rows):
     assert len(rows) == 4 * 2
 
 
-def test_the_peak_is_that_of_a_step_on_real_memory(rows):
+def test_the_peak_lies_where_the_maps_of_a_step_have_it(rows):
     """Of the first stage, by hand: input, convolution, BatchNorm's output, ReLU in place, and pooling."""
     row = next(r for r in rows if r["unit"] == "largest stage" and r["batch"] == 64)
     image, maps = 3 * 32 * 32 * 4, 8 * 32 * 32 * 4
